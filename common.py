@@ -1,0 +1,673 @@
+"""Rows → chat template → token sequences → microbatches. What every script shares, and nothing else.
+
+    load_rows      a file or Hub data set, checked row by row            `Rows`: token ids, masks, what was left out
+    ChatFormat     messages → token ids and the mask of trained tokens, in one function
+    batch_indices  which rows make up a step: a pure function of (rows, seed, step)
+    deal           rows → microbatches → ranks; balanced; never changes the loss
+    pack           the sequences of a microbatch → tensors, with the only shift between states and targets
+
+A *sequence* is token ids and, for each, whether it is trained on. A *microbatch* is T tokens that hold S sequences end
+to end. Nothing is padded.
+"""
+
+import hashlib
+import heapq
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import datasets
+import jinja2
+import numpy as np
+import torch
+from filelock import FileLock
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+IGNORE = -100  # target of a token that is not trained on
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class RunError(Exception):
+    """Something the user has to mend. Scripts print it as one line and exit with code 1."""
+
+
+class DataError(RunError):
+    """Bad input data.
+
+    Args:
+        path: the file or data set. row: 1-based line or row number, or None. message: what is wrong, naming the field.
+    """
+
+    def __init__(self, path, row, message):
+        super().__init__(path, row, message)  # the plain arguments, so that it survives a worker process
+
+    def __str__(self):
+        path, row, message = self.args
+        return f"{path}: {message}" if row is None else f"{path}, row {row}: {message}"
+
+
+class Skip(Exception):
+    """Raised by an encoder for a row that is left out, with the reason; counted and printed, never silent."""
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass
+class Rows:
+    """Encoded rows of all sources, mixed, with an account of what was left out.
+
+    Attributes:
+        table: the encoder's columns, plus `source` and `row` (where each came from). One entry a kept row.
+        sources: names of the sources. lengths: (N,) tokens in each row; trained: (N,) trained tokens in each row.
+        report: lines that say what was read, kept, skipped and noted. fingerprint: hash of every token and mask.
+    """
+
+    table: datasets.Dataset
+    sources: list
+    lengths: np.ndarray
+    trained: np.ndarray
+    report: list
+    fingerprint: str
+
+    def __len__(self):
+        return len(self.table)
+
+    def where(self, i):
+        """'file.jsonl, row 17' for row i."""
+        entry = self.table[int(i)]
+        return f"{self.sources[entry['source']]}, row {entry['row']}"
+
+    def sequences(self, indices):
+        """[(input_ids (L,), trained (L,)), ...] of the rows at `indices`."""
+        batch = self.table.with_format("numpy", columns=["input_ids", "trained"])[list(indices)]
+        return list(zip(batch["input_ids"], batch["trained"], strict=True))
+
+
+def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
+    """Reads, encodes and mixes data sources.
+
+    The encoded rows are cached on disk by `datasets`, under a hash of the file, the encoder's settings and this file's
+    source. One process a node encodes (with many workers when there is much to do), the others read its cache.
+
+    Args:
+        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl, .json or .parquet file or a Hub id (`name`,
+            `name@split`, `name/config@split`). AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes
+            each twice) or a count ("1000"); which rows depends on the seed.
+        encode: picklable callable with a `key` (str) that changes with its settings. Takes a row (dict), returns
+            a dict with at least `input_ids`, `trained` (lists of one length) and `notes` (list of str, counted in
+            the report). Raises Skip to leave the row out and ValueError to reject the data.
+        max_skip_frac: largest accepted share of skipped rows.
+
+    Raises:
+        DataError: unreadable source, a rejected row, nothing left, or too many rows skipped.
+    """
+    tables, names, report = [], [], []
+    for number, spec in enumerate(sources):
+        name, amount = _split_amount(spec)
+        raw = _read(name)
+        if not len(raw):
+            raise DataError(name, None, "the data set is empty")
+        order = _choose(len(raw), amount, np.random.default_rng([seed, number]), spec)
+        chosen = np.unique(order)
+        table = _encode_cached(raw.select(chosen), chosen + 1, name, encode)
+        table = table.add_column("source", [number] * len(table))
+        report += _account(name, table, max_skip_frac)
+        kept = np.array([skip == "" for skip in table["skip"]])
+        mixed = np.searchsorted(chosen, order)  # row numbers in the file → positions in `table`
+        tables.append(table.select(mixed[kept[mixed]]))
+        names.append(name)
+    table = datasets.concatenate_datasets(tables)
+    digest = hashlib.sha256()
+    lengths, trained = [], []
+    for batch in table.select_columns(["input_ids", "trained"]).with_format("numpy").iter(1000):
+        for ids, mask in zip(batch["input_ids"], batch["trained"], strict=True):
+            digest.update(ids.tobytes() + mask.tobytes())
+            lengths.append(len(ids))
+            trained.append(int(mask[1:].sum()))  # no state precedes the first token
+    return Rows(table, names, np.array(lengths), np.array(trained), report, digest.hexdigest()[:16])
+
+
+def _split_amount(spec):
+    match = re.fullmatch(r"(.+?)(?::(\d+|\d*\.\d+|\d+\.))?", spec, re.DOTALL)
+    if not match:
+        raise DataError(repr(spec), None, "an empty data source")
+    return match.groups()
+
+
+def _choose(count, amount, rng, spec):
+    """Row numbers (from 0) that SOURCE:AMOUNT stands for, in file order where every row is taken once."""
+    total = count if amount is None else round(float(amount) * count) if "." in amount else int(amount)
+    if total == 0:
+        raise DataError(spec, None, f"this amount selects none of the {count} rows")
+    if total == count:
+        return np.arange(count)
+    repeats = [rng.permutation(count) for _ in range(-(-total // count))]
+    return np.concatenate(repeats)[:total]
+
+
+def _read(name):
+    """The raw rows of one source: one column `text` of JSON for .jsonl and .json, otherwise the data set's columns."""
+    path = Path(name)
+    try:
+        if path.suffix == ".jsonl":  # as text lines, so that line numbers hold and no value is coerced to its column
+            return datasets.load_dataset("text", data_files=str(path), split="train")
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, list):
+                raise DataError(name, None, f"expected a JSON list of rows, found {_kind(content)}; one object a line?")
+            return datasets.Dataset.from_dict({"text": [json.dumps(row) for row in content]})
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        repository, _, split = name.partition("@")
+        parts = repository.split("/")
+        config = "/".join(parts[2:]) or None  # owner/name/config
+        return datasets.load_dataset("/".join(parts[:2]), config, split=split or "train")
+    except json.JSONDecodeError as error:
+        raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(name, *_why_unreadable(path, error)) from None
+
+
+def _why_unreadable(path, error):
+    if path.suffix and not path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
+        return None, "no such file"
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as bad:
+                return number, f"column {bad.start + 1}: not valid UTF-8"
+    return None, f"cannot be read: {(str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]}"
+
+
+def _encode_cached(raw, numbers, name, encode):
+    """Maps `encode` over raw rows; a skipped row keeps its place, with the reason in the column `skip`."""
+    key = json.dumps([raw._fingerprint, encode.key, name, Path(__file__).read_text(encoding="utf-8")])
+    key = hashlib.sha256(key.encode()).hexdigest()[:32]
+    workers = min(os.cpu_count() or 1, len(raw) // 5000)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{key}.lock"):  # the first process on the node encodes, the others find its cache
+        return raw.map(
+            _encode_row,
+            with_indices=True,
+            fn_kwargs={"numbers": numbers, "name": name, "encode": encode},
+            remove_columns=raw.column_names,
+            features=datasets.Features(encode.features | _ROW_FEATURES),
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=key,
+        )
+
+
+_ROW_FEATURES = {
+    "notes": datasets.List(datasets.Value("string")),
+    "skip": datasets.Value("string"),
+    "row": datasets.Value("int64"),
+}
+
+
+def _encode_row(raw, index, numbers, name, encode):
+    number = int(numbers[index])
+    empty = {column: [] for column in encode.features} | {"notes": [], "row": number}
+    try:
+        if set(raw) == {"text"}:
+            if not raw["text"].strip():
+                return empty | {"skip": "blank line"}
+            raw = json.loads(raw["text"])
+            json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate ends here
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected an object, found {_kind(raw)}")
+        return empty | encode(raw) | {"skip": ""}
+    except Skip as reason:
+        return empty | {"skip": str(reason)}
+    except json.JSONDecodeError as error:
+        raise DataError(name, number, f"column {error.colno}: not valid JSON: {error.msg}") from None
+    except UnicodeEncodeError as error:
+        raise DataError(name, number, f"lone surrogate {error.object[error.start]!a} is not text") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(name, number, str(error)) from None
+
+
+def _account(name, table, max_skip_frac):
+    """Report lines for one source; raises if nothing, or too little, is left."""
+    skips, notes, first = Counter(), Counter(), {}
+    for entry in table.select_columns(["skip", "notes", "row"]):
+        for counter, texts in ((skips, [entry["skip"]] if entry["skip"] else []), (notes, entry["notes"])):
+            counter.update(texts)
+            for text in texts:
+                first.setdefault(text, entry["row"])
+    blank = skips.pop("blank line", 0)  # not a row
+    read, skipped = len(table) - blank, sum(skips.values())
+    lines = [f"{name}: {read} rows read, {read - skipped} kept"]
+    lines += [f"  {count} skipped: {text} (first: row {first[text]})" for text, count in skips.most_common()]
+    lines += [f"  {count} {text} (first: row {first[text]})" for text, count in notes.most_common()]
+    reasons = "; ".join(f"{count} × {text}, first at row {first[text]}" for text, count in skips.most_common())
+    if read == skipped:
+        raise DataError(name, None, f"0 of {read} rows usable ({reasons or 'the data set is empty'})")
+    limited = skipped - skips[TOO_LONG]  # dropping long rows was asked for
+    if limited > max_skip_frac * read:
+        raise DataError(name, None, f"{limited} of {read} rows skipped, more than --max_skip_frac allows ({reasons})")
+    return lines
+
+
+def _kind(value):
+    names = {type(None): "null", str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+# --------------------------------------------------------------------------------------------------- chat templates
+
+TOO_LONG = "longer than --max_length"
+
+TEMPLATES = Path(__file__).parent / "chat_templates"
+
+# Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
+BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+
+
+def load_tokenizer(path, chat_template=None):
+    """The tokenizer of a model, with its chat template settled.
+
+    Args:
+        path: model folder or Hub id.
+        chat_template: "tulu", "chatml", a Jinja file, or None for the tokenizer's own.
+
+    Raises:
+        RunError: no such tokenizer, file or template, or a tokenizer without a fast (Rust) implementation.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model {path}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise RunError(f"--model {path}: its tokenizer has no fast implementation, which character offsets need")
+    if chat_template is not None:
+        file = next((f for f in (TEMPLATES / f"{chat_template}.jinja", Path(chat_template)) if f.is_file()), None)
+        if not file:
+            builtin = ", ".join(sorted(f.stem for f in TEMPLATES.glob("*.jinja")))
+            raise RunError(f"--chat_template {chat_template}: neither a file nor one of {builtin}")
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = file.read_text(encoding="utf-8").replace("{{ bos }}", "{{ bos_token }}" * adds_bos)
+    if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not tokenizer.chat_template:
+        raise RunError(f"--model {path}: its tokenizer has no chat template; choose one with --chat_template")
+    return tokenizer
+
+
+class ChatFormat:
+    """Messages → token ids and trained-token mask, by the tokenizer's chat template.
+
+    Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text. A *control
+    string* is an added token that is special, or part of the template, or not in the tokenizer's own vocabulary
+    (`<|im_end|>`, `<think>`; not runs of spaces or the HTML tags that some tokenizers hold as ordinary entries).
+    How: content is broken up with BREAK wherever a control string stands or could be completed, then rendered;
+    every control string left in the text is the template's, and is bracketed by OPEN and CLOSE; the breaks are
+    taken out; and a copy of the tokenizer that knows the control strings only in brackets encodes the text in one go.
+
+    Args:
+        tokenizer: fast tokenizer with a chat template (`load_tokenizer`).
+        content_tokens: control strings that assistant content may contain as tokens (e.g. "<think>", "</think>").
+
+    Raises:
+        RunError: the template fails on a plain conversation, begins with two BOS, or ends no assistant turn with an
+            end-of-turn token; an unknown content token.
+    """
+
+    def __init__(self, tokenizer, content_tokens=()):
+        self.tokenizer = tokenizer
+        self.template = tokenizer.chat_template
+        self.content_tokens = tuple(content_tokens)
+        self.marks_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.template))
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary = settings["model"]["vocab"]
+        vocabulary = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+        added = {entry["content"]: entry for entry in settings["added_tokens"]}
+        controls = {
+            text
+            for text, entry in added.items()
+            if text.strip() and (entry["special"] or text in self.template or text not in vocabulary)
+        }
+        if unknown := [token for token in self.content_tokens if token not in controls]:
+            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
+        self.end_tokens = {text for text in controls if added[text]["special"]} | {tokenizer.eos_token}
+        alternatives = "|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True)) or "(?!)"
+        self.control = re.compile(alternatives)
+        self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)
+        self.heads = {text[:n] for text in controls for n in range(1, len(text))}
+        self.tails = {text[n:] for text in controls for n in range(1, len(text))}
+        self._bracket_controls(settings, added, controls)
+        self.key = json.dumps([settings, self.template, tokenizer.special_tokens_map, self.content_tokens])
+        self._check_template()
+
+    def _bracket_controls(self, settings, added, controls):
+        """Builds `self.encoder`, which matches a control string only in brackets, and `self.ids`, back to real ids."""
+        from tokenizers import Tokenizer
+
+        settings = settings | {"post_processor": None, "truncation": None, "padding": None}
+        rename = {text: OPEN + text + CLOSE if text in controls else text for text in added}
+        settings["added_tokens"] = [entry | {"content": rename[entry["content"]]} for entry in added.values()]
+        self.encoder = Tokenizer.from_str(json.dumps(settings))
+        self.ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
+
+    def encode(self, messages, tools=None, last_turn_only=False):
+        """Token ids and mask of a conversation.
+
+        Args:
+            messages: list of {"role", "content"}, checked by `check_messages`. tools: list of JSON schemas, or None.
+            last_turn_only: train on the last assistant turn only (preference data), not on all.
+
+        Returns:
+            (input_ids (L,) list of int, trained (L,) bool array). Trained are the tokens of assistant turns, the
+            end-of-turn token included: what the model itself has to produce.
+
+        Raises:
+            ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
+        """
+        shown, tools = self._break_controls(messages), self._break_controls(tools)
+        text, spans = self._render(shown, tools)
+        self._check_rendering(text, shown, tools)
+        if not self.marks_generation:
+            spans = [self._turn_span(text, shown, tools, i) for i, m in enumerate(shown) if m["role"] == "assistant"]
+        for start, end in spans:
+            if not text[start:end].endswith(tuple(self.end_tokens)):
+                raise ValueError(
+                    "the chat template ends a trained assistant turn without an end-of-turn token "
+                    f"(it ends with {text[max(start, end - 12) : end]!r}): the model would never learn to stop"
+                )
+        return self._tokenize(text, spans[-1:] if last_turn_only else spans)
+
+    def prompt(self, messages, tools=None):
+        """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
+        shown, tools = self._break_controls(messages), self._break_controls(tools)
+        text, _ = self._render(shown, tools, add_generation_prompt=True)
+        self._check_rendering(text, shown, tools)
+        return self._tokenize(text, [])[0]
+
+    def has_control_text(self, value):
+        """Whether a control string stands anywhere in a message list, a tool list or a string."""
+        return BREAK in json.dumps(self._break_controls(value), ensure_ascii=False)
+
+    def _break_controls(self, value, assistant=False):
+        if isinstance(value, dict):
+            assistant = value.get("role") == "assistant"
+            return {self._break_text(k, ()): self._break_controls(v, assistant) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._break_controls(v, assistant) for v in value]
+        return self._break_text(value, self.content_tokens if assistant else ()) if isinstance(value, str) else value
+
+    def _break_text(self, text, allowed):
+        if any(mark in text for mark in (BREAK, OPEN, CLOSE)):
+            raise ValueError("the text contains a Unicode noncharacter (U+FDD0 … U+FDD2)")
+        broken = self.inside.sub(lambda m: m[2] if m[1] in allowed else m[2] + BREAK, text)
+        if text.endswith(tuple(self.heads)) and not text.endswith(allowed):
+            broken += BREAK
+        return BREAK + broken if text.startswith(tuple(self.tails)) and not text.startswith(allowed) else broken
+
+    def _render(self, messages, tools, add_generation_prompt=False):
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=self.marks_generation,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ValueError(f"the chat template rejects this conversation: {error}") from None
+        return texts[0], spans[0] if spans else []
+
+    def _check_rendering(self, text, messages, tools):
+        for i, message in enumerate(messages):
+            content = message.get("content") or ""
+            if message["role"] in ("system", "user") and content.strip() not in text:
+                raise ValueError(f"the chat template leaves out messages[{i}] (role {message['role']})")
+        if tools and "tools" not in self.template:
+            raise ValueError("the row has tools, but the chat template does not render tools")
+
+    def _turn_span(self, text, messages, tools, i):
+        """Where assistant turn i stands in the rendered text: found by rendering prefixes, checked to be prefixes."""
+        prefix, _ = self._render(messages[:i], tools, add_generation_prompt=True)
+        if not text.startswith(prefix):
+            raise ValueError(
+                f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "
+                "trained tokens cannot be told apart: use a template with {% generation %}, or --chat_template"
+            )
+        turn, _ = self._render(messages[: i + 1], tools)
+        ends = [match.end() for match in self.control.finditer(turn, len(prefix))]
+        turn = turn[: ends[-1]] if ends else turn  # up to its end-of-turn token: "\n" after it is the template's
+        if text.startswith(turn):
+            return len(prefix), len(turn)
+        # A template may render the last turn with more than earlier ones (an empty <think> block): the shorter text
+        # has to be the end of the longer one.
+        stop = list(self.control.finditer(turn))[-1][0] if ends else ""
+        end = text.find(stop, len(prefix)) + len(stop)
+        if not stop or not turn.endswith(text[len(prefix) : end]):
+            raise ValueError(
+                f"the chat template renders messages[{i}] differently once another follows, so the trained tokens "
+                "cannot be told apart: use a template with {% generation %}, or --chat_template"
+            )
+        return len(prefix), end
+
+    def _tokenize(self, text, spans):
+        def bracketed(text):
+            return self.control.sub(lambda match: OPEN + match[0] + CLOSE, text).replace(BREAK, "")
+
+        encoding = self.encoder.encode(bracketed(text), add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets])
+        trained = np.zeros(len(starts), dtype=bool)
+        for start, end in spans:  # a token belongs to the turn that its first character belongs to
+            trained |= (starts >= len(bracketed(text[:start]))) & (starts < len(bracketed(text[:end])))
+        return [self.ids.get(i, i) for i in encoding.ids], trained
+
+    def _check_template(self):
+        """Start-up check on a plain conversation, against transformers' own encoding."""
+        messages = [{"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}, {"role": "assistant", "content": "5."}]
+        try:
+            ids, trained = self.encode(messages)
+        except ValueError as error:
+            raise RunError(f"the chat template fails on a plain conversation: {error}") from None
+        expected = self.tokenizer(self._render(messages, None)[0], add_special_tokens=False).input_ids
+        if ids != expected:
+            raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            raise RunError(f"the chat template begins with two {self.tokenizer.bos_token}")
+        self.end_of_turn = ids[int(np.flatnonzero(trained)[-1])]  # the id on which generation has to stop
+
+
+def check_messages(messages, field="messages"):
+    """Checks one conversation. Returns None.
+
+    Raises:
+        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, no user.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"{field} is {_kind(messages)}, expected a list of {{role, content}}")
+    if not messages:
+        raise ValueError(f"{field} is empty")
+    for i, message in enumerate(messages):
+        at = f"{field}[{i}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{at} is {_kind(message)}, expected an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"{at}.role is {role!r}, expected one of {', '.join(ROLES)}")
+        if content is None and not (role == "assistant" and message.get("tool_calls")):
+            raise ValueError(f"{at}.content is {'null' if 'content' in message else 'missing'}")
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{at}.content is {_kind(content)}, expected a string")
+        if role == "user" and not content.strip():
+            raise ValueError(f"{at}.content is empty: a prompt needs text")
+
+
+def parse_tools(row):
+    """The `tools` of a row, a list of JSON schemas (or a JSON string of one) or None. Raises ValueError if neither."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tools, column {error.colno}: not valid JSON: {error.msg}") from None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools is {_kind(tools)}, expected a list of JSON schemas")
+    return tools or None
+
+
+class SftEncoder:
+    """Row {messages, tools?} → one sequence, for `load_rows`.
+
+    Args:
+        chat: the ChatFormat. vocab_size: rows of the model's embedding, which every id must be below.
+        max_length: longest sequence, in tokens. overlong: "truncate" longer ones (counted) or "drop" them (counted).
+    """
+
+    features = {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "trained": datasets.List(datasets.Value("bool")),
+    }
+
+    def __init__(self, chat, vocab_size, max_length, overlong):
+        self.chat, self.vocab_size, self.max_length, self.overlong = chat, vocab_size, max_length, overlong
+        self.key = json.dumps(["sft", chat.key, vocab_size, max_length, overlong])
+
+    def __call__(self, row):
+        if "messages" not in row:
+            raise ValueError(f"no field 'messages'; the row has {', '.join(map(repr, row)) or 'no fields'}")
+        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} if isinstance(m, dict) else m
+                    for m in row["messages"]] if isinstance(row["messages"], list) else row["messages"]  # fmt: skip
+        check_messages(messages)
+        turns = [message for message in messages if message["role"] == "assistant"]
+        if not turns:
+            raise ValueError("messages has no assistant turn: there is nothing to train on")
+        if any(not (turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in turns):
+            raise Skip("an assistant turn is empty")
+        tools, notes = parse_tools(row), []
+        ids, trained = self.chat.encode(messages, tools)
+        if max(ids) >= self.vocab_size:
+            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+        if len(ids) > self.max_length:
+            if self.overlong == "drop":
+                raise Skip(TOO_LONG)
+            ids, trained = ids[: self.max_length], trained[: self.max_length]
+            notes.append("truncated to --max_length")
+        if not trained[1:].any():  # the first token has no state before it to predict it from
+            raise Skip("no trained token within --max_length")
+        if self.chat.has_control_text([messages, tools]):
+            notes.append("with control strings in content, kept as text")
+        if self.chat.tokenizer.unk_token_id in ids:
+            notes.append(f"with characters the tokenizer does not know (they become {self.chat.tokenizer.unk_token})")
+        return {"input_ids": ids, "trained": trained.tolist(), "notes": notes}
+
+
+def show_example(tokenizer, input_ids, trained):
+    """One sequence as text for the terminal, trained tokens green and the rest grey."""
+    edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(input_ids)]
+    parts = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        colour = "\033[32m" if trained[start] else "\033[90m"
+        parts.append(f"{colour}{tokenizer.decode(input_ids[start:end])}\033[0m")
+    return "".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ microbatches
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_rows, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def batch_indices(num_rows, batch_size, seed, step, num_steps_rows):
+    """Rows of one optimizer step (numbered from 0), in the endless stream of epochs, each shuffled by (seed, epoch).
+
+    The stream is cut at `num_steps_rows` rows, so the last batch of a run may be smaller. Returns (B,) int array.
+    """
+    positions = np.arange(step * batch_size, min((step + 1) * batch_size, num_steps_rows))
+    return np.array([_permutation(num_rows, seed, int(p // num_rows))[p % num_rows] for p in positions])
+
+
+def deal(lengths, tokens_per_microbatch, world_size=1):
+    """Packs sequences into microbatches and deals them to ranks, the same number to each.
+
+    Longest first, each sequence goes to the microbatch with the fewest tokens; the number of microbatches grows until
+    all fit. A sequence longer than the budget gets a microbatch of its own. How sequences are grouped cannot change the
+    loss, which is divided by counts over the whole batch.
+
+    Args:
+        lengths: (N,) tokens in each sequence. tokens_per_microbatch: the budget; 1 means one sequence each.
+
+    Returns:
+        per rank a list of microbatches, each a list of positions in `lengths`; the same length for every rank. A
+        microbatch may be empty when there are fewer sequences than places.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable").tolist()
+    sizes = lengths.tolist()
+    per_rank = max(1, -(-int(np.minimum(lengths, tokens_per_microbatch).sum()) // (tokens_per_microbatch * world_size)))
+    while True:
+        bins = [[] for _ in range(per_rank * world_size)]
+        heap = [(0, b) for b in range(len(bins))]  # (tokens, microbatch)
+        for i in order:
+            tokens, b = heap[0]
+            if tokens and tokens + sizes[i] > tokens_per_microbatch:
+                break  # not even the emptiest has room
+            bins[b].append(i)
+            heapq.heapreplace(heap, (tokens + sizes[i], b))
+        else:
+            return [[sorted(b) for b in bins[rank::world_size]] for rank in range(world_size)]
+        per_rank += max(1, per_rank // 100)
+
+
+@dataclass
+class Microbatch:
+    """T tokens that hold S sequences end to end; position t holds the state that predicts targets[t].
+
+    Attributes:
+        input_ids: (T,) int64. position_ids: (T,) int64, from 0 in each sequence. cu_seqlens: (S+1,) int32, where each
+        sequence begins, and T. max_length: longest sequence, in tokens. targets: (T,) int64, the next token where it is
+        trained on, otherwise -100.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
+    targets: torch.Tensor
+
+    def model_inputs(self):
+        """Keyword arguments for a transformers model with packed attention."""
+        return {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.position_ids[None],
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
+            "use_cache": False,
+        }
+
+
+def pack(sequences, device):
+    """Makes a microbatch of [(input_ids (L,), trained (L,)), ...]; of no sequences, one token that trains nothing.
+
+    This is the only place where states and targets are shifted: targets[t] = input_ids[t+1].
+    """
+    sequences = sequences or [(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))]
+    lengths = [len(ids) for ids, _ in sequences]
+    targets = [np.append(np.where(trained[1:], ids[1:], IGNORE), IGNORE) for ids, trained in sequences]
+    return Microbatch(
+        input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in sequences]).astype(np.int64)).to(device),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device),
+        max_length=max(lengths),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+    )

@@ -1,0 +1,123 @@
+"""Attention over packed sequences, registered with transformers.
+
+A microbatch is one row of T tokens that holds S sequences end to end; `cu_seqlens` (S+1,) holds where each begins.
+Token i may look at token j when both are in the same sequence, j <= i and, in a layer with a sliding window W,
+i - j < W. There is no padding and no mask tensor. Importing this module registers, for any unmodified transformers
+model (`attn_implementation=...`, the scripts' `--attn`):
+
+    packed         variable-length flash attention inside PyTorch on CUDA in 16 bits, otherwise `packed_loop`
+    packed_fa      the flash-attn package, when installed
+    packed_loop    one scaled_dot_product_attention call per sequence: the definition, on any device in any precision
+
+transformers hands a registered function no mask; `cu_seq_lens_q` and `max_length_q` reach it because the scripts pass
+them to the model's forward.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+
+def packed_attention(
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
+    cu_seq_lens_q=None, max_length_q=None, **kwargs,
+):
+    """Causal attention within each packed sequence; the fastest exact implementation for the tensors given.
+
+    Args:
+        module: the calling attention layer (unused; part of the transformers interface).
+        query: (1, Hq, T, D). key, value: (1, Hkv, T, D), with Hq a multiple of Hkv (grouped queries).
+        attention_mask: must be None.
+        scaling: factor on the scores; None means D ** -0.5.
+        dropout: probability of dropping an attention weight; `packed` on CUDA supports 0 only.
+        sliding_window: W, or None for full causal attention.
+        cu_seq_lens_q: (S+1,) int32, first token of each sequence and T. max_length_q: longest sequence, in tokens.
+
+    Returns:
+        (output (1, T, Hq, D), None), as transformers expects.
+
+    Raises:
+        ValueError: sequence boundaries missing, a mask given, or a feature (softcap, sinks, dropout) that the chosen
+            implementation would otherwise ignore.
+    """
+    implementation = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _loop
+    _check(implementation.__name__, query, attention_mask, cu_seq_lens_q, kwargs)
+    return implementation(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+
+
+def packed_attention_loop(
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
+    cu_seq_lens_q=None, max_length_q=None, **kwargs,
+):
+    """`packed_attention` by its definition, one sequence at a time. Same arguments, result and errors."""
+    _check("packed_loop", query, attention_mask, cu_seq_lens_q, kwargs)
+    return _loop(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+
+
+def packed_attention_fa(
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
+    cu_seq_lens_q=None, max_length_q=None, softcap=None, **kwargs,
+):
+    """`packed_attention` by the flash-attn package. Same arguments, result and errors; also takes a score soft-cap.
+
+    Raises:
+        ImportError: flash-attn is not installed.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    _check("packed_fa", query, attention_mask, cu_seq_lens_q, kwargs)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    output = flash_attn_varlen_func(
+        query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout_p=dropout,
+        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
+    )
+    return output[None], None
+
+
+def _check(name, query, attention_mask, cu_seqlens, kwargs):
+    if cu_seqlens is None:
+        raise ValueError("packed attention needs the sequence boundaries: pass cu_seq_lens_q to the model's forward")
+    if attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(f"packed attention takes one packed row and no mask, got {query.shape[0]} rows")
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(feature) is not None:
+            raise ValueError(f"this model's attention uses {feature}, which {name} does not implement")
+
+
+@torch.compiler.disable  # the boundaries become Python integers
+def _loop(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):  # each (1, heads, L, D)
+        mask, length = None, q.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            i = torch.arange(length, device=q.device)
+            mask = (i[:, None] >= i) & (i[:, None] - i < sliding_window)  # (L, L): j <= i and i - j < W
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # (1, T, Hq, D)
+
+
+def _varlen(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout:
+        raise ValueError("--attn packed has no attention dropout on CUDA: use --attn packed_fa, or attention_dropout 0")
+    if query.shape[1] != key.shape[1]:  # torch 2.11's varlen_attn has no enable_gqa: repeat the key/value heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    output = varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, scale=scaling, window_size=window
+    )
+    return output[None]  # (1, T, Hq, D)
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionInterface.register("packed_loop", packed_attention_loop)
+AttentionInterface.register("packed_fa", packed_attention_fa)
