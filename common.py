@@ -26,7 +26,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
+
+datasets.disable_progress_bars()  # leave the terminal to the training bar
+transformers_logging.disable_progress_bar()
 
 IGNORE = -100  # target of a token that is not trained on
 ROLES = ("system", "user", "assistant", "tool")

@@ -266,7 +266,8 @@ def start_run(args, fingerprints):
     config = {"script": Path(__file__).name, "data": fingerprints, "args": redact(dataclasses.asdict(args))}
     config |= {"world_size": dist.get_world_size(), "versions": versions, "commit": git.stdout.strip() or None}
     config = json.loads(json.dumps(config))
-    if (out / "config.json").exists():
+    steps = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix == ""]
+    if (out / "config.json").exists() and (steps or (out / "model").exists()):
         old = json.loads((out / "config.json").read_text())
         pairs = [(flag, old["args"].get(flag), value) for flag, value in config["args"].items()]
         pairs += [(key, old[key], config[key]) for key in ("script", "data")]
@@ -278,7 +279,7 @@ def start_run(args, fingerprints):
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     for leftover in [*out.glob("checkpoints/*.tmp"), *out.glob("checkpoints/*.trash"), *out.glob("model.tmp")]:
         shutil.rmtree(leftover)  # half written or half deleted when the run was killed
-    step = max([int(path.name[5:]) for path in out.glob("checkpoints/step_*")], default=0)
+    step = max(steps, default=0)
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines(True) if metrics.exists() and step else []
     lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
@@ -401,7 +402,7 @@ def start_logging(args, first_step, num_steps):
         import wandb
 
         netrc = Path.home() / ".netrc"
-        logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "wandb" in netrc.read_text())
+        logged_in = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
         run = wandb.init(
             project="postcard",
             name=Path(args.out).name,

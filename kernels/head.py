@@ -35,6 +35,8 @@ def linear_cross_entropy(hidden, weight, targets):
         ValueError: shapes, dtypes or devices do not fit together, or a target is outside [0, V).
     """
     _check(hidden, weight, targets)
+    if not torch.is_grad_enabled():  # an autograd.Function does not see no_grad, and would make the gradient
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets)
 
 

@@ -1,0 +1,20 @@
+# Every target does its own set-up: a .venv, installed once.
+PYTHON := .venv/bin/python
+
+.PHONY: demo test test-slow
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: .venv/installed  ## the pipeline on a tiny model and task, on a laptop's CPU
+	$(PYTHON) demo/run.py
+
+test: .venv/installed  ## what CI runs
+	$(PYTHON) -m ruff check .
+	$(PYTHON) tests/readability.py
+	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/installed  ## many more kills, torch.compile, two processes: run by hand
+	$(PYTHON) -m pytest -m slow

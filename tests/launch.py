@@ -1,0 +1,51 @@
+"""Runs a script as users do, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# The lowest common instruction set and one thread: the same bits on every x86-64 machine.
+PORTABLE = {
+    "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+
+
+def command(script, processes, flags):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    flags = [part for name, value in flags.items() for part in _flag(name, value)]
+    return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / script), *flags]
+
+
+def _flag(name, value):
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+
+
+def start(script, processes=1, env=None, **flags):
+    """Popen of `python script --name value ...`, by torchrun for more than one process."""
+    environment = os.environ | PORTABLE | (env or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(script, processes, flags), env=environment, cwd=ROOT, **pipes)
+
+
+def run(script, processes=1, expect=0, env=None, **flags):
+    """Runs to the end; returns (stdout, stderr). Fails with the script's own output unless it exits with `expect`."""
+    process = start(script, processes, env, **flags)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == expect, f"exit code {process.returncode}, expected {expect}\n{stdout}\n{stderr}"
+    return stdout, stderr
+
+
+def metrics(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def trace(out):
+    """What a run computed, without what it measured: (step, loss, lr, gradient norm, held-out loss) of every step."""
+    return [tuple(e.get(k) for k in ("step", "loss", "lr", "grad_norm", "eval_loss")) for e in metrics(out)]

@@ -1,0 +1,210 @@
+"""sft.py as users run it: what may change the loss, what may not, and what it leaves behind."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+from conftest import assistant, shared, user, write_jsonl
+from launch import ROOT, metrics, run, start, trace
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+GOLDEN = ROOT / "tests" / "golden_sft.json"
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory):
+    """A real model and 200 real rows, and the flags of a run of 20 steps on them."""
+    with open(shared("data", "gsm8k", "train.jsonl")) as file:
+        rows = [json.loads(next(file)) for _ in range(140)]
+    folder = tmp_path_factory.mktemp("gsm8k")
+    messages = [[user(row["question"]), assistant(row["answer"])] for row in rows]
+    flags = {
+        "model": shared("models", "stories260k"), "chat_template": "tulu", "max_length": 256, "max_skip_frac": 0.3,
+        "data": write_jsonl(folder / "train.jsonl", [{"messages": m} for m in messages[:100]]),
+        "eval_data": write_jsonl(folder / "test.jsonl", [{"messages": m} for m in messages[100:]]),
+        "batch_size": 8, "lr": 1e-3, "steps": 20, "save_every": 0, "eval_every": 10,
+    }  # fmt: skip
+    return flags
+
+
+@pytest.fixture(scope="module")
+def reference(gsm8k, tmp_path_factory):
+    """One process, everything packed."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    stdout, _ = run("sft.py", out=out, **gsm8k)
+    return out, stdout
+
+
+def assert_same_trajectory(a, b, tolerance):
+    assert len(a) == len(b) and len(a) > 10
+    for x, y in zip(a, b, strict=True):
+        assert x[0] == y[0]
+        for value, other in ((x[1], y[1]), (x[4], y[4])):  # loss, held-out loss
+            assert (value is None) == (other is None)
+            assert value is None or math.isclose(value, other, rel_tol=tolerance), (x, y)
+
+
+def test_golden_trajectory(reference):
+    """Bit for bit the losses committed to the repository (to 1e-6 under versions other than those they came from)."""
+    out, _ = reference
+    versions = json.loads((out / "config.json").read_text())["versions"]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps({"versions": versions, "trace": trace(out)}, indent=1))
+        pytest.fail(f"{GOLDEN} was missing and has been written: look at it and commit it")
+    golden = json.loads(GOLDEN.read_text())
+    if versions == golden["versions"]:
+        assert trace(out) == [tuple(entry) for entry in golden["trace"]]
+    assert_same_trajectory(trace(out), golden["trace"], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "processes, flags",
+    [
+        (1, {"tokens_per_microbatch": 1}),  # one sequence at a time
+        (1, {"tokens_per_microbatch": 700, "attn": "packed_loop"}),
+        (2, {"tokens_per_microbatch": 1000, "activation_checkpointing": True}),
+        (4, {"shard": "hybrid"}),
+        pytest.param(1, {"compile": True}, marks=pytest.mark.slow),
+        pytest.param(2, {"compile": True, "activation_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(gsm8k, reference, tmp_path, processes, flags):
+    """Any microbatch size, packed or not, on 1, 2 and 4 processes: 20 steps equal to 1e-6."""
+    run("sft.py", processes=processes, out=tmp_path / "run", **gsm8k, **flags)
+    assert_same_trajectory(trace(tmp_path / "run"), trace(reference[0]), 1e-6)
+
+
+def test_learns_and_reports(reference):
+    """The loss falls; every promised metric is there; held-out loss stands before the first and after the last step."""
+    out, stdout = reference
+    entries = metrics(out)
+    assert [entry["step"] for entry in entries] == list(range(21))
+    assert entries[-1]["eval_loss"] < entries[0]["eval_loss"] - 0.5
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "trained_tokens"}
+    assert all(keys <= entry.keys() for entry in entries[1:])
+    assert "100 rows read" in stdout and "\033[32m" in stdout  # the audit, and the coloured example
+
+
+def test_exported_model_opens_elsewhere(reference, gsm8k):
+    """from_pretrained opens it with tokenizer and template; the weights are the trained ones; checksums hold."""
+    out, _ = reference
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # tied once, and again
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    losses = []
+    for row in map(json.loads, open(gsm8k["eval_data"])):
+        encoded = tokenizer.apply_chat_template(
+            row["messages"], return_assistant_tokens_mask=True, return_dict=True, tokenize=True
+        )
+        ids, mask = torch.tensor(encoded["input_ids"])[:256], torch.tensor(encoded["assistant_masks"])[:256].bool()
+        with torch.no_grad():
+            logp = model(ids[None]).logits[0].log_softmax(-1)
+        losses.append(-logp[:-1].gather(1, ids[1:, None])[:, 0][mask[1:]])
+    assert math.isclose(torch.cat(losses).mean().item(), metrics(out)[-1]["eval_loss"], rel_tol=1e-5)
+    for line in (out / "model" / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((out / "model" / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_finished_run_run_again_does_nothing(reference, gsm8k):
+    out, _ = reference
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+    stdout, _ = run("sft.py", out=out, **gsm8k)
+    assert "is finished" in stdout
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", [{"lr": 2e-3}, {"data": "first half"}])
+def test_a_folder_with_another_run_is_refused(reference, gsm8k, tmp_path, change):
+    """Other flags or other data in the same folder: an error that names them, and nothing in the folder is touched."""
+    out, _ = reference
+    if "data" in change:
+        lines = open(gsm8k["data"]).read().splitlines()[:50]
+        change = {"data": write_jsonl(tmp_path / "train.jsonl", lines)}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    _, stderr = run("sft.py", expect=1, out=out, **gsm8k | change)
+    assert "holds another run" in stderr and next(iter(change)) in stderr and "Traceback" not in stderr
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_errors_are_one_line(tiny_model, tmp_path):
+    """Bad flags and data end with one line and exit code 1; unknown flags with exit code 2."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
+    good = {"model": tiny_model, "data": rows, "out": tmp_path / "run", "max_length": 64, "batch_size": 4}
+    for change, message in [
+        ({"model": tmp_path / "nothing"}, "--model"),
+        ({"batch_size": 8}, "4 usable rows, fewer than --batch_size 8"),
+        ({"max_length": 4096}, "--max_length 4096 is beyond the 512 positions"),
+        ({"chat_template": "none.jinja"}, "--chat_template"),
+    ]:
+        _, stderr = run("sft.py", expect=1, **good | change)
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0] and "Traceback" not in stderr, stderr
+    run("sft.py", expect=2, **good, no_such_flag=1)
+
+
+def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_path):
+    """A missing weight (transformers only warns), a surplus one, and a NaN are named before training starts."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
+    for name, damage in [
+        ("model.layers.1.self_attn.q_proj.weight", lambda w, n: w.pop(n)),
+        ("model.surplus.weight", lambda w, n: w.update({n: torch.zeros(2)})),
+        ("model.norm.weight", lambda w, n: w[n].fill_(float("nan"))),
+    ]:
+        folder = tmp_path / name
+        shutil.copytree(tiny_model, folder)
+        weights = load_file(folder / "model.safetensors")
+        damage(weights, name)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        out = tmp_path / "run"  # the same each time: a start that failed leaves nothing that is in the way
+        _, stderr = run("sft.py", expect=1, model=folder, data=rows, out=out, max_length=64, batch_size=4)
+        assert f"error: --model {folder}" in stderr and name in stderr and "Traceback" not in stderr
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_model, tmp_path):
+    """An absurd learning rate: the step and the rows are named, and the last checkpoint is still good."""
+    rows = [{"messages": [user(f"question {i}"), assistant(f"answer {i}")]} for i in range(64)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = {"model": tiny_model, "data": data, "max_length": 64, "batch_size": 4, "out": tmp_path / "run"}
+    flags |= {"lr": 1e30, "lr_schedule": "constant", "max_grad_norm": 0, "save_every": 1, "warmup_ratio": 0}
+    _, stderr = run("sft.py", expect=1, **flags)
+    error = next(line for line in stderr.splitlines() if line.startswith("error: "))
+    assert "stopped before the update" in error and "rows.jsonl, row" in error and "Traceback" not in stderr
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert f"step {step + 1}:" in error
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step}").is_dir()
+
+
+def test_tracking_works_offline_and_keeps_secrets(tiny_model, tmp_path):
+    """--track without a login writes locally; a credential in a flag reaches neither W&B's files nor config.json."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 8)
+    secret = "hf_canarycanarycanary"
+    (tmp_path / secret).symlink_to(tiny_model)
+    flags = {"data": rows, "out": tmp_path / "run", "max_length": 64, "batch_size": 4, "track": True}
+    run("sft.py", model=tmp_path / secret, **flags, env={"HOME": str(tmp_path), "WANDB_API_KEY": ""})
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    leaks = [path for path in files if secret.encode() in path.read_bytes()]
+    assert not leaks
+
+
+def test_help_reads(tmp_path):
+    stdout, _ = run("sft.py", **{"help": True})
+    for flag in ("--tokens_per_microbatch", "--eval_data", "--activation_checkpointing"):
+        assert flag in stdout
+    assert "sequences per optimizer step" in stdout
+
+
+def test_missing_rank_makes_every_process_exit(tiny_model, tmp_path):
+    """On two processes bad data ends the whole job, and the message says what is wrong."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 5 + [{"messages": 3}])
+    process = start("sft.py", 2, model=tiny_model, data=rows, out=tmp_path / "run", max_length=64, batch_size=4)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1 and "rows.jsonl, row 6: messages is a number" in stderr
