@@ -15,10 +15,11 @@ PORTABLE = {
 }  # fmt: skip
 
 
-def command(script, processes, flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def command(script, processes, flags, nodes=1, node=0, positional=()):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={node}", "--master_port=29555"]
     flags = [part for name, value in flags.items() for part in _flag(name, value)]
-    return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / script), *flags]
+    return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / script), *map(str, positional), *flags]
 
 
 def _flag(name, value):
@@ -27,16 +28,16 @@ def _flag(name, value):
     return [f"--{name}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
 
 
-def start(script, processes=1, env=None, **flags):
+def start(script, processes=1, env=None, nodes=1, node=0, positional=(), **flags):
     """Popen of `python script --name value ...`, by torchrun for more than one process."""
     environment = os.environ | PORTABLE | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(script, processes, flags), env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen(command(script, processes, flags, nodes, node, positional), env=environment, cwd=ROOT, **pipes)
 
 
-def run(script, processes=1, expect=0, env=None, **flags):
+def run(script, processes=1, expect=0, env=None, **options):
     """Runs to the end; returns (stdout, stderr). Fails with the script's own output unless it exits with `expect`."""
-    process = start(script, processes, env, **flags)
+    process = start(script, processes, env, **options)
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == expect, f"exit code {process.returncode}, expected {expect}\n{stdout}\n{stderr}"
     return stdout, stderr
