@@ -18,13 +18,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
-import jinja2
 import numpy as np
 import torch
 from filelock import FileLock
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -299,7 +300,11 @@ def load_tokenizer(path, chat_template=None):
             builtin = ", ".join(sorted(f.stem for f in TEMPLATES.glob("*.jinja")))
             raise RunError(f"--chat_template {chat_template}: neither a file nor one of {builtin}")
         adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-        tokenizer.chat_template = file.read_text(encoding="utf-8").replace("{{ bos }}", "{{ bos_token }}" * adds_bos)
+        try:
+            template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"--chat_template {chat_template}: {error}") from None
+        tokenizer.chat_template = template.replace("{{ bos }}", "{{ bos_token }}" * adds_bos)
     if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
@@ -313,8 +318,8 @@ class ChatFormat:
     Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text. A *control
     string* is an added token that is special, or part of the template, or not in the tokenizer's own vocabulary
     (`<|im_end|>`, `<think>`; not runs of spaces or the HTML tags that some tokenizers hold as ordinary entries).
-    How: content is broken up with BREAK wherever a control string stands or could be completed, then rendered;
-    every control string left in the text is the template's, and is bracketed by OPEN and CLOSE; the breaks are
+    How: content is shielded, with a BREAK in every control string and wherever a neighbour could complete one, and
+    rendered; every control string left whole is the template's, and is bracketed by OPEN and CLOSE; the breaks are
     taken out; and a copy of the tokenizer that knows the control strings only in brackets encodes the text in one go.
 
     Args:
@@ -342,24 +347,31 @@ class ChatFormat:
         }
         if unknown := [token for token in self.content_tokens if token not in controls]:
             raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
-        self.end_tokens = {text for text in controls if added[text]["special"]} | {tokenizer.eos_token}
+        self.end_tokens = tuple(text for text in controls if added[text]["special"] or text == tokenizer.eos_token)
         alternatives = "|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True)) or "(?!)"
         self.control = re.compile(alternatives)
         self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)
-        self.heads = {text[:n] for text in controls for n in range(1, len(text))}
-        self.tails = {text[n:] for text in controls for n in range(1, len(text))}
+        self.heads = {text[:i] for text in controls for i in range(1, len(text))}
+        self.tails = {text[i:] for text in controls for i in range(1, len(text))}
+        self.parts = {text[i:j] for text in controls for j in range(1, len(text) + 1) for i in range(j)}
+        self.longest = max(map(len, controls), default=0)
         self._bracket_controls(settings, added, controls)
         self.key = json.dumps([settings, self.template, tokenizer.special_tokens_map, self.content_tokens])
         self._check_template()
 
     def _bracket_controls(self, settings, added, controls):
-        """Builds `self.encoder`, which matches a control string only in brackets, and `self.ids`, back to real ids."""
-        from tokenizers import Tokenizer
-
-        settings = settings | {"post_processor": None, "truncation": None, "padding": None}
+        """Builds `self.encoder`, which knows a control string only in brackets, and `self.ids`, back to real ids."""
         rename = {text: OPEN + text + CLOSE if text in controls else text for text in added}
-        settings["added_tokens"] = [entry | {"content": rename[entry["content"]]} for entry in added.values()]
-        self.encoder = Tokenizer.from_str(json.dumps(settings))
+        model = dict(settings["model"])  # the model's own vocabulary may hold control strings too
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {rename.get(text, text): i for text, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[rename.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token"):
+            model["unk_token"] = rename.get(model["unk_token"], model["unk_token"])
+        entries = [entry | {"content": rename[entry["content"]]} for entry in added.values()]
+        plain = {"post_processor": None, "truncation": None, "padding": None}
+        self.encoder = Tokenizer.from_str(json.dumps(settings | plain | {"model": model, "added_tokens": entries}))
         self.ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
 
     def encode(self, messages, tools=None, last_turn_only=False):
@@ -376,13 +388,13 @@ class ChatFormat:
         Raises:
             ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
         """
-        shown, tools = self._break_controls(messages), self._break_controls(tools)
+        shown, tools = self._shield_messages(messages), self._shield(tools)
+        self._check_kinds(messages, tools)
         text, spans = self._render(shown, tools)
-        self._check_rendering(text, shown, tools)
         if not self.marks_generation:
             spans = [self._turn_span(text, shown, tools, i) for i, m in enumerate(shown) if m["role"] == "assistant"]
         for start, end in spans:
-            if not text[start:end].endswith(tuple(self.end_tokens)):
+            if not text[start:end].endswith(self.end_tokens):
                 raise ValueError(
                     "the chat template ends a trained assistant turn without an end-of-turn token "
                     f"(it ends with {text[max(start, end - 12) : end]!r}): the model would never learn to stop"
@@ -391,30 +403,43 @@ class ChatFormat:
 
     def prompt(self, messages, tools=None):
         """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
-        shown, tools = self._break_controls(messages), self._break_controls(tools)
-        text, _ = self._render(shown, tools, add_generation_prompt=True)
-        self._check_rendering(text, shown, tools)
+        self._check_kinds(messages, tools)
+        text, _ = self._render(self._shield_messages(messages), self._shield(tools), add_generation_prompt=True)
         return self._tokenize(text, [])[0]
 
-    def has_control_text(self, value):
-        """Whether a control string stands anywhere in a message list, a tool list or a string."""
-        return BREAK in json.dumps(self._break_controls(value), ensure_ascii=False)
+    def has_control_text(self, messages, tools=None):
+        """Whether content holds a control string, which will stay text."""
+        shown = [self._shield_messages(messages, edges=False), self._shield(tools, edges=False)]
+        return BREAK in json.dumps(shown, ensure_ascii=False)
 
-    def _break_controls(self, value, assistant=False):
-        if isinstance(value, dict):
-            assistant = value.get("role") == "assistant"
-            return {self._break_text(k, ()): self._break_controls(v, assistant) for k, v in value.items()}
+    def _shield_messages(self, messages, edges=True):
+        """Messages with BREAKs; --content_tokens stay whole in the content of assistant turns."""
+        shown = []
+        for message in messages:
+            allowed = {"content": self.content_tokens} if message["role"] == "assistant" else {}
+            fields = {k: self._shield(v, k, allowed.get(k, ()), edges) for k, v in message.items()}
+            shown.append(fields | {"role": message["role"]})
+        return shown
+
+    def _shield(self, value, key="", allowed=(), edges=True):
+        """`value` (JSON-like) with a BREAK in every control string and, at its edges, where one could be completed."""
+        if isinstance(value, dict):  # names that templates look up keep their edges; those of arguments they print
+            edged = edges and key in ("arguments", "properties")
+            return {self._shield(k, edges=edged): self._shield(v, k, allowed, edges) for k, v in value.items()}
         if isinstance(value, list):
-            return [self._break_controls(v, assistant) for v in value]
-        return self._break_text(value, self.content_tokens if assistant else ()) if isinstance(value, str) else value
-
-    def _break_text(self, text, allowed):
-        if any(mark in text for mark in (BREAK, OPEN, CLOSE)):
+            return [self._shield(v, key, allowed, edges) for v in value]
+        if not isinstance(value, str):
+            return value
+        if any(mark in value for mark in (BREAK, OPEN, CLOSE)):
             raise ValueError("the text contains a Unicode noncharacter (U+FDD0 … U+FDD2)")
-        broken = self.inside.sub(lambda m: m[2] if m[1] in allowed else m[2] + BREAK, text)
-        if text.endswith(tuple(self.heads)) and not text.endswith(allowed):
-            broken += BREAK
-        return BREAK + broken if text.startswith(tuple(self.tails)) and not text.startswith(allowed) else broken
+        text = self.inside.sub(lambda match: match[2] if match[1] in allowed else match[2] + BREAK, value)
+        core, lengths = text.strip(), range(1, min(self.longest, len(text) + 1))  # templates trim
+        if not core or not edges or key == "type":
+            return text
+        before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
+        begin = BREAK if core in self.parts or any(core[:n] in self.tails for n in lengths) else ""
+        end = BREAK if any(core[-n:] in self.heads for n in lengths) else ""
+        return before + begin + core + end + after
 
     def _render(self, messages, tools, add_generation_prompt=False):
         try:
@@ -426,17 +451,43 @@ class ChatFormat:
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except Exception as error:  # a template is a program of somebody else's
             raise ValueError(f"the chat template rejects this conversation: {error}") from None
+        if ascii(BREAK)[1:-1] in texts[0]:
+            raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
         return texts[0], spans[0] if spans else []
 
-    def _check_rendering(self, text, messages, tools):
-        for i, message in enumerate(messages):
-            content = message.get("content") or ""
-            if message["role"] in ("system", "user") and content.strip() not in text:
-                raise ValueError(f"the chat template leaves out messages[{i}] (role {message['role']})")
-        if tools and "tools" not in self.template:
-            raise ValueError("the row has tools, but the chat template does not render tools")
+    def _check_kinds(self, messages, tools):
+        kinds = {"system": "system messages", "user": "user messages", "tool": "tool answers"}
+        kinds = {kinds.get(message["role"]) for message in messages}
+        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in messages) else set()
+        if dropped := self.dropped & (kinds | ({"tools"} if tools else set())):
+            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}")
+
+    def _find_dropped(self):
+        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
+        probe = "Probe 7319"
+        function = {"name": "probe", "description": probe, "parameters": {"type": "object", "properties": {}}}
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+        call = {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": {"text": probe}}}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        silent = {**calling, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
+        tool = {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": probe}
+        probes = {
+            "user messages": ([{"role": "user", "content": probe}, answer], None),
+            "system messages": ([{"role": "system", "content": probe}, user, answer], None),
+            "tool calls": ([user, calling], None),
+            "tool answers": ([user, silent, tool, answer], None),
+            "tools": ([user, answer], [{"type": "function", "function": function}]),
+        }
+        dropped = set()
+        for kind, (messages, tools) in probes.items():
+            try:
+                if probe not in self._render(messages, tools)[0]:
+                    dropped.add(kind)
+            except ValueError:  # it says so itself, when a row has this kind
+                pass
+        return dropped
 
     def _turn_span(self, text, messages, tools, i):
         """Where assistant turn i stands in the rendered text: found by rendering prefixes, checked to be prefixes."""
@@ -463,19 +514,18 @@ class ChatFormat:
         return len(prefix), end
 
     def _tokenize(self, text, spans):
-        def bracketed(text):
-            return self.control.sub(lambda match: OPEN + match[0] + CLOSE, text).replace(BREAK, "")
-
-        encoding = self.encoder.encode(bracketed(text), add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets])
-        trained = np.zeros(len(starts), dtype=bool)
-        for start, end in spans:  # a token belongs to the turn that its first character belongs to
-            trained |= (starts >= len(bracketed(text[:start]))) & (starts < len(bracketed(text[:end])))
+        cuts = [0, *(cut for span in spans for cut in span), len(text)]  # outside a trained turn, inside, outside, …
+        pieces = [self.control.sub(rf"{OPEN}\g<0>{CLOSE}", text[a:b]).replace(BREAK, "") for a, b in pairwise(cuts)]
+        encoding = self.encoder.encode("".join(pieces), add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        trained = np.searchsorted(ends, starts, side="right") % 2 == 1  # a token is where its first character is
         return [self.ids.get(i, i) for i in encoding.ids], trained
 
     def _check_template(self):
         """Start-up check on a plain conversation, against transformers' own encoding."""
         messages = [{"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}, {"role": "assistant", "content": "5."}]
+        self.dropped = self._find_dropped()
         try:
             ids, trained = self.encode(messages)
         except ValueError as error:
@@ -565,7 +615,7 @@ class SftEncoder:
             notes.append("truncated to --max_length")
         if not trained[1:].any():  # the first token has no state before it to predict it from
             raise Skip("no trained token within --max_length")
-        if self.chat.has_control_text([messages, tools]):
+        if self.chat.has_control_text(messages, tools):
             notes.append("with control strings in content, kept as text")
         if self.chat.tokenizer.unk_token_id in ids:
             notes.append(f"with characters the tokenizer does not know (they become {self.chat.tokenizer.unk_token})")
@@ -576,7 +626,7 @@ def show_example(tokenizer, input_ids, trained):
     """One sequence as text for the terminal, trained tokens green and the rest grey."""
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(input_ids)]
     parts = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         colour = "\033[32m" if trained[start] else "\033[90m"
         parts.append(f"{colour}{tokenizer.decode(input_ids[start:end])}\033[0m")
     return "".join(parts)
