@@ -10,9 +10,11 @@ A *sequence* is token ids and, for each, whether it is trained on. A *microbatch
 to end. Nothing is padded.
 """
 
+import glob
 import hashlib
 import heapq
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -115,16 +117,16 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     tables, names, report = [], [], []
     for number, spec in enumerate(sources):
         name, amount = _split_amount(spec)
-        raw = _read(name)
+        raw, numbers = _read(name)
         if not len(raw):
             raise DataError(name, None, "the data set is empty")
         order = _choose(len(raw), amount, np.random.default_rng([seed, number]), spec)
         chosen = np.unique(order)
-        table = _encode_cached(raw.select(chosen), chosen + 1, name, encode)
+        table = _encode_cached(raw.select(chosen), numbers[chosen], name, encode)
         table = table.add_column("source", [number] * len(table))
         report += _account(name, table, max_skip_frac)
         kept = np.array([skip == "" for skip in table["skip"]])
-        mixed = np.searchsorted(chosen, order)  # row numbers in the file → positions in `table`
+        mixed = np.searchsorted(chosen, order)  # rows of the source → rows of `table`
         tables.append(table.select(mixed[kept[mixed]]))
         names.append(name)
     table = datasets.concatenate_datasets(tables)
@@ -157,22 +159,28 @@ def _choose(count, amount, rng, spec):
 
 
 def _read(name):
-    """The raw rows of one source: one column `text` of JSON for .jsonl and .json, otherwise the data set's columns."""
+    """The raw rows of one source, and their numbers in it. Rows of JSON files have one column, JSON: their text."""
     path = Path(name)
     try:
-        if path.suffix == ".jsonl":  # as text lines, so that line numbers hold and no value is coerced to its column
-            return datasets.load_dataset("text", data_files=str(path), split="train")
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size:
+            # As lines of text, so that line numbers hold and no value is coerced to its column's type.
+            with open(path, "rb") as file:
+                version = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # an edit shows, whatever its time
+            raw = datasets.load_dataset("text", name=version, data_files=glob.escape(str(path)), split="train")
+            numbers = np.array([i for i, line in enumerate(raw["text"]) if line.strip()], dtype=np.int64)
+            return raw.select(numbers).rename_column("text", JSON), numbers + 1
+        if path.suffix in (".json", ".jsonl"):
+            content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size else []
             if not isinstance(content, list):
                 raise DataError(name, None, f"expected a JSON list of rows, found {_kind(content)}; one object a line?")
-            return datasets.Dataset.from_dict({"text": [json.dumps(row) for row in content]})
-        if path.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        repository, _, split = name.partition("@")
-        parts = repository.split("/")
-        config = "/".join(parts[2:]) or None  # owner/name/config
-        return datasets.load_dataset("/".join(parts[:2]), config, split=split or "train")
+            raw = datasets.Dataset.from_dict({JSON: [json.dumps(row) for row in content]})
+        elif path.suffix == ".parquet":
+            raw = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        else:
+            repository, _, split = name.partition("@")
+            owner_and_name, config = repository.split("/")[:2], "/".join(repository.split("/")[2:])
+            raw = datasets.load_dataset("/".join(owner_and_name), config or None, split=split or "train")
+        return raw, np.arange(1, len(raw) + 1)
     except json.JSONDecodeError as error:
         raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -204,6 +212,7 @@ def _encode_cached(raw, numbers, name, encode):
         return raw.map(
             _encode_row,
             with_indices=True,
+            cache_file_name=str(cache / f"{key}.arrow"),
             fn_kwargs={"numbers": numbers, "name": name, "encode": encode},
             remove_columns=raw.column_names,
             features=datasets.Features(encode.features | _ROW_FEATURES),
@@ -212,6 +221,7 @@ def _encode_cached(raw, numbers, name, encode):
         )
 
 
+JSON = "\ufdd0 JSON"  # a column that no data set has
 _ROW_FEATURES = {
     "notes": datasets.List(datasets.Value("string")),
     "skip": datasets.Value("string"),
@@ -223,14 +233,13 @@ def _encode_row(raw, index, numbers, name, encode):
     number = int(numbers[index])
     empty = {column: [] for column in encode.features} | {"notes": [], "row": number}
     try:
-        if set(raw) == {"text"}:
-            if not raw["text"].strip():
-                return empty | {"skip": "blank line"}
-            raw = json.loads(raw["text"])
-            json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate ends here
-        if not isinstance(raw, dict):
-            raise ValueError(f"expected an object, found {_kind(raw)}")
-        return empty | encode(raw) | {"skip": ""}
+        row = _without_nulls(dict(raw))
+        if JSON in row:
+            row = json.loads(row[JSON])
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate ends here
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object, found {_kind(row)}")
+        return empty | encode(row) | {"skip": ""}
     except Skip as reason:
         return empty | {"skip": str(reason)}
     except json.JSONDecodeError as error:
@@ -241,6 +250,13 @@ def _encode_row(raw, index, numbers, name, encode):
         raise DataError(name, number, str(error)) from None
 
 
+def _without_nulls(value):
+    """Columns of one type fill what a row does not have with null: tool calls would get everybody's arguments."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _account(name, table, max_skip_frac):
     """Report lines for one source; raises if nothing, or too little, is left."""
     skips, notes, first = Counter(), Counter(), {}
@@ -249,14 +265,13 @@ def _account(name, table, max_skip_frac):
             counter.update(texts)
             for text in texts:
                 first.setdefault(text, entry["row"])
-    blank = skips.pop("blank line", 0)  # not a row
-    read, skipped = len(table) - blank, sum(skips.values())
+    read, skipped = len(table), sum(skips.values())
     lines = [f"{name}: {read} rows read, {read - skipped} kept"]
     lines += [f"  {count} skipped: {text} (first: row {first[text]})" for text, count in skips.most_common()]
     lines += [f"  {count} {text} (first: row {first[text]})" for text, count in notes.most_common()]
     reasons = "; ".join(f"{count} × {text}, first at row {first[text]}" for text, count in skips.most_common())
     if read == skipped:
-        raise DataError(name, None, f"0 of {read} rows usable ({reasons or 'the data set is empty'})")
+        raise DataError(name, None, f"0 of {read} rows usable ({reasons})")
     limited = skipped - skips[TOO_LONG]  # dropping long rows was asked for
     if limited > max_skip_frac * read:
         raise DataError(name, None, f"{limited} of {read} rows skipped, more than --max_skip_frac allows ({reasons})")
@@ -410,7 +425,7 @@ class ChatFormat:
     def has_control_text(self, messages, tools=None):
         """Whether content holds a control string, which will stay text."""
         shown = [self._shield_messages(messages, edges=False), self._shield(tools, edges=False)]
-        return BREAK in json.dumps(shown, ensure_ascii=False)
+        return BREAK in json.dumps(shown, ensure_ascii=False, default=str)
 
     def _shield_messages(self, messages, edges=True):
         """Messages with BREAKs; --content_tokens stay whole in the content of assistant turns."""
@@ -596,8 +611,7 @@ class SftEncoder:
     def __call__(self, row):
         if "messages" not in row:
             raise ValueError(f"no field 'messages'; the row has {', '.join(map(repr, row)) or 'no fields'}")
-        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} if isinstance(m, dict) else m
-                    for m in row["messages"]] if isinstance(row["messages"], list) else row["messages"]  # fmt: skip
+        messages = row["messages"]
         check_messages(messages)
         turns = [message for message in messages if message["role"] == "assistant"]
         if not turns:
@@ -663,16 +677,18 @@ def deal(lengths, tokens_per_microbatch, world_size=1):
         per rank a list of microbatches, each a list of positions in `lengths`; the same length for every rank. A
         microbatch may be empty when there are fewer sequences than places.
     """
-    lengths = np.asarray(lengths)
+    lengths, budget = np.asarray(lengths), tokens_per_microbatch
     order = np.argsort(-lengths, kind="stable").tolist()
     sizes = lengths.tolist()
-    per_rank = max(1, -(-int(np.minimum(lengths, tokens_per_microbatch).sum()) // (tokens_per_microbatch * world_size)))
+    # At least: by tokens; and because at most k sequences longer than budget / (k + 1) share a microbatch.
+    least = [np.minimum(lengths, budget).sum() / budget, *(np.sum(lengths * (k + 1) > budget) / k for k in range(1, 9))]
+    per_rank = max(1, math.ceil(max(least) / world_size))
     while True:
         bins = [[] for _ in range(per_rank * world_size)]
         heap = [(0, b) for b in range(len(bins))]  # (tokens, microbatch)
         for i in order:
             tokens, b = heap[0]
-            if tokens and tokens + sizes[i] > tokens_per_microbatch:
+            if tokens and tokens + sizes[i] > budget:
                 break  # not even the emptiest has room
             bins[b].append(i)
             heapq.heapreplace(heap, (tokens + sizes[i], b))

@@ -304,6 +304,7 @@ BODIES = {
     "text before": "<|im_{{ m.content }}",
     "text after": "{{ m.content }}_end|>",
     "text around": "<|im_{{ m.name }}|>{{ m.content }}",
+    "text around any key": "{% for key in (m.extra or {}).x or {} %}<{{ key }}>{% endfor %}{{ m.content }}",
     "text around a key": "{% for key in m.arguments %}<{{ key }}>{% endfor %}{{ m.content }}",
 }
 PARTS = [  # body, and a message that would complete a control string
@@ -319,6 +320,7 @@ PARTS = [  # body, and a message that would complete a control string
     ("text around", {"name": "end", "content": "x"}),
     ("text around a key", {"arguments": {"/think": 1}, "content": "x"}),  # Qwen 3 Coder renders keys like this
     ("text around a key", {"arguments": {"s": 1}, "content": "x"}),
+    ("text around any key", {"extra": {"x": {"type": "string", "/think": 1}}, "content": "x"}),  # in its tool schemas
 ]
 
 
@@ -393,6 +395,13 @@ def test_content_tokens_reach_the_template():
     ids, trained = chat.encode(messages)
     assert ids == template_ids(chat, messages)
     assert trained_texts(chat, ids, trained) == ["x<|im_end|>", answer + "<|im_end|>"]
+
+
+def test_escapes_of_the_marks_are_ordinary_text():
+    """Source code that spells the marks as backslash escapes (a regular expression, say) is read like any other."""
+    chat = chat_format("byte_level", "tulu")
+    messages = [user(r"What does [\ufdd0-\ufdef] match?"), assistant(r"\ufdd0, \ufdd1, \ufdd2 and so on.")]
+    assert chat.encode(messages)[0] == template_ids(chat, messages)
 
 
 def test_content_tokens_must_exist():
@@ -581,6 +590,16 @@ BAD_CHATS = {
     "system dropped, text elsewhere": (
         chatml_like(NO_SYSTEM),
         [{"role": "system", "content": "Hi"}, user("Hi there"), assistant("Hi")],
+        "leaves out",
+    ),
+    "later system dropped": (  # as templates do that take the first message apart and then know user and assistant
+        chatml_like("{% if m.role != 'system' or loop.first %}{{ m.content }}{% endif %}<|im_end|>\n"),
+        [user("Hi"), assistant("Ho"), {"role": "system", "content": "Now be brief."}, user("Why?"), assistant("So")],
+        "leaves out",
+    ),
+    "later questions dropped": (
+        chatml_like("{% if m.role != 'user' or loop.index < 3 %}{{ m.content }}{% endif %}<|im_end|>\n"),
+        EDGES[-1],
         "leaves out",
     ),
     "system refused": (
