@@ -675,7 +675,7 @@ def deal(lengths, tokens_per_microbatch, world_size=1):
 
     Returns:
         per rank a list of microbatches, each a list of positions in `lengths`; the same length for every rank. A
-        microbatch may be empty when there are fewer sequences than places.
+        microbatch may be empty when there are fewer sequences than places. In each, the longest come first.
     """
     lengths, budget = np.asarray(lengths), tokens_per_microbatch
     order = np.argsort(-lengths, kind="stable").tolist()
@@ -693,7 +693,7 @@ def deal(lengths, tokens_per_microbatch, world_size=1):
             bins[b].append(i)
             heapq.heapreplace(heap, (tokens + sizes[i], b))
         else:
-            return [[sorted(b) for b in bins[rank::world_size]] for rank in range(world_size)]
+            return [bins[rank::world_size] for rank in range(world_size)]
         per_rank += max(1, per_rank // 100)
 
 

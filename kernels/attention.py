@@ -7,11 +7,13 @@ model (`attn_implementation=...`, the scripts' `--attn`):
 
     packed         variable-length flash attention inside PyTorch on CUDA in 16 bits, otherwise `packed_loop`
     packed_fa      the flash-attn package, when installed
-    packed_loop    one scaled_dot_product_attention call per sequence: the definition, on any device in any precision
+    packed_loop    scaled_dot_product_attention on each sequence: the definition, on any device in any precision
 
 transformers hands a registered function no mask; `cu_seq_lens_q` and `max_length_q` reach it because the scripts pass
 them to the model's forward.
 """
+
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -87,20 +89,22 @@ def _check(name, query, attention_mask, cu_seqlens, kwargs):
 
 @torch.compiler.disable  # the boundaries become Python integers
 def _loop(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
-    lengths = cu_seqlens.diff().tolist()
+    # Neighbours of one length go together: many short sequences cost few calls (`common.deal` sorts by length).
+    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
+    parts = zip(*(x[0].split([length * n for length, n in runs], dim=1) for x in (query, key, value)), strict=True)
     outputs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):  # each (1, heads, L, D)
-        mask, length = None, q.shape[2]
+    for (length, n), tensors in zip(runs, parts, strict=True):
+        q, k, v = (x.unflatten(1, (n, length)).transpose(0, 1) for x in tensors)  # (n, heads, L, D)
+        mask = None
         if sliding_window is not None and length > sliding_window:
             i = torch.arange(length, device=q.device)
             mask = (i[:, None] >= i) & (i[:, None] - i < sliding_window)  # (L, L): j <= i and i - j < W
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # (1, T, Hq, D)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (n·L, Hq, D)
+    return torch.cat(outputs)[None]  # (1, T, Hq, D)
 
 
 def _varlen(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
