@@ -100,7 +100,7 @@ class Args:
     save_every: int = 500
     """steps between checkpoints; 0 saves none but the final model"""
     keep: int = 2
-    """newest checkpoints kept"""
+    """newest checkpoints kept; 0 keeps all"""
     shard: Literal["full", "hybrid"] = "full"
     """full: parameters sharded over all ranks; hybrid: within a node, replicated over nodes"""
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"
@@ -194,7 +194,10 @@ def load_model(args, config, model_class, module_class, device, mesh):
     weights = {}
 
     def read_weights():
-        source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
+        try:
+            source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
+        except Exception as error:  # transformers and safetensors have many
+            raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
         wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
         if wrong:
             raise common.RunError(f"--model {args.model}: weights do not fit the architecture: {wrong}")
@@ -206,6 +209,8 @@ def load_model(args, config, model_class, module_class, device, mesh):
     on_rank0(read_weights)
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
+    if not hasattr(model.base_model, "layers"):
+        raise common.RunError(f"--model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
     module = module_class(model)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -369,6 +369,20 @@ def test_roles_and_keys_that_are_parts_of_control_strings_still_render():
     assert chat.encode(messages, tools)[0] == template_ids(chat, messages, tools)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_a_control_token_that_the_model_could_merge_itself(kind):
+    """A word of the model's own that was declared special: in content it is spelt with other tokens."""
+    tokenizer = TOKENIZERS[kind].__wrapped__()
+    word = max((text for text in tokenizer.get_vocab() if re.fullmatch("[a-z]+", text)), key=len)
+    tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    tokenizer.chat_template = chatml_like()
+    chat = ChatFormat(tokenizer)
+    assert chat.encode(EDGES[0])[0] == template_ids(chat, EDGES[0])
+    ids, _ = chat.encode([user(f"x{word} {word}s"), assistant(word)])
+    assert tokenizer.convert_tokens_to_ids(word) not in ids
+    assert f"x{word} {word}s" in tokenizer.decode(ids)
+
+
 THINK = ("<think>", "</think>")
 
 

@@ -473,6 +473,8 @@ def test_bad_json_files_are_refused(encode, tmp_path):
     refused(path, None, "expected a JSON list of rows, found an object", lambda: load_rows([str(path)], encode))
     path.write_text(f"[{json.dumps(GOOD)},\n {json.dumps(GOOD)}\n {json.dumps(GOOD)}]")
     refused(path, 3, "column 2: not valid JSON", lambda: load_rows([str(path)], encode))
+    path.write_text("[" * 100_000)
+    refused(path, None, ".", lambda: load_rows([str(path)], encode))
     path.write_text(json.dumps([GOOD, {"messages": []}]))
     refused(path, 2, "messages is empty", lambda: load_rows([str(path)], encode))
     path.write_text(f"[{json.dumps(GOOD)}, {SURROGATE}]")

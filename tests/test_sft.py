@@ -148,7 +148,7 @@ def test_errors_are_one_line(tiny_model, tmp_path):
 
 
 def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_path):
-    """A missing weight (transformers only warns), a surplus one, and a NaN are named before training starts."""
+    """A missing weight (transformers only warns), a surplus one, a NaN and a wrong shape are named before training starts."""
     from safetensors.torch import load_file, save_file
 
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
@@ -156,6 +156,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_pat
         ("model.layers.1.self_attn.q_proj.weight", lambda w, n: w.pop(n)),
         ("model.surplus.weight", lambda w, n: w.update({n: torch.zeros(2)})),
         ("model.norm.weight", lambda w, n: w[n].fill_(float("nan"))),
+        ("model.layers.0.input_layernorm.weight", lambda w, n: w.update({n: torch.zeros(7)})),
     ]:
         folder = tmp_path / name
         shutil.copytree(tiny_model, folder)
