@@ -183,7 +183,7 @@ def _read(name):
         return raw, np.arange(1, len(raw) + 1)
     except json.JSONDecodeError as error:
         raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(name, *_why_unreadable(path, error)) from None
@@ -382,6 +382,9 @@ class ChatFormat:
             model["vocab"] = {rename.get(text, text): i for text, i in model["vocab"].items()}
         else:
             model["vocab"] = [[rename.get(text, text), score] for text, score in model["vocab"]]
+        if "merges" in model:  # none may make a control string out of its parts
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [[a, b] for a, b in pairs if controls.isdisjoint((a, b, a + b))]
         if model.get("unk_token"):
             model["unk_token"] = rename.get(model["unk_token"], model["unk_token"])
         entries = [entry | {"content": rename[entry["content"]]} for entry in added.values()]
@@ -404,8 +407,8 @@ class ChatFormat:
             ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
         """
         shown, tools = self._shield_messages(messages), self._shield(tools)
-        self._check_kinds(messages, tools)
         text, spans = self._render(shown, tools)
+        self._check_shown(text, shown, tools)
         if not self.marks_generation:
             spans = [self._turn_span(text, shown, tools, i) for i, m in enumerate(shown) if m["role"] == "assistant"]
         for start, end in spans:
@@ -418,8 +421,9 @@ class ChatFormat:
 
     def prompt(self, messages, tools=None):
         """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
-        self._check_kinds(messages, tools)
-        text, _ = self._render(self._shield_messages(messages), self._shield(tools), add_generation_prompt=True)
+        shown, tools = self._shield_messages(messages), self._shield(tools)
+        text, _ = self._render(shown, tools, add_generation_prompt=True)
+        self._check_shown(text, shown, tools)
         return self._tokenize(text, [])[0]
 
     def has_control_text(self, messages, tools=None):
@@ -439,8 +443,8 @@ class ChatFormat:
     def _shield(self, value, key="", allowed=(), edges=True):
         """`value` (JSON-like) with a BREAK in every control string and, at its edges, where one could be completed."""
         if isinstance(value, dict):  # names that templates look up keep their edges; those of arguments they print
-            edged = edges and key in ("arguments", "properties")
-            return {self._shield(k, edges=edged): self._shield(v, k, allowed, edges) for k, v in value.items()}
+            printed = {k: edges and (key in ("arguments", "properties") or not k.isidentifier()) for k in value}
+            return {self._shield(k, edges=printed[k]): self._shield(v, k, allowed, edges) for k, v in value.items()}
         if isinstance(value, list):
             return [self._shield(v, key, allowed, edges) for v in value]
         if not isinstance(value, str):
@@ -468,15 +472,20 @@ class ChatFormat:
             )
         except Exception as error:  # a template is a program of somebody else's
             raise ValueError(f"the chat template rejects this conversation: {error}") from None
-        if ascii(BREAK)[1:-1] in texts[0]:
+        escape = ascii(BREAK)[1:-1]  # how a printed object would show it
+        if escape in texts[0] and escape not in json.dumps([messages, tools], ensure_ascii=False, default=str):
             raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
         return texts[0], spans[0] if spans else []
 
-    def _check_kinds(self, messages, tools):
+    def _check_shown(self, text, messages, tools):
         kinds = {"system": "system messages", "user": "user messages", "tool": "tool answers"}
         kinds = {kinds.get(message["role"]) for message in messages}
         kinds |= {"tool calls"} if any(message.get("tool_calls") for message in messages) else set()
-        if dropped := self.dropped & (kinds | ({"tools"} if tools else set())):
+        dropped = self.dropped & (kinds | ({"tools"} if tools else set()))
+        for i, message in enumerate(messages):  # a template may know a kind, but not in this place
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                dropped |= {f"messages[{i}] ({message['role']})"}
+        if dropped:
             raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}")
 
     def _find_dropped(self):
@@ -654,12 +663,12 @@ def _permutation(num_rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def batch_indices(num_rows, batch_size, seed, step, num_steps_rows):
+def batch_indices(num_rows, batch_size, seed, step, total_rows):
     """Rows of one optimizer step (numbered from 0), in the endless stream of epochs, each shuffled by (seed, epoch).
 
-    The stream is cut at `num_steps_rows` rows, so the last batch of a run may be smaller. Returns (B,) int array.
+    The stream is cut at `total_rows` rows, so the last batch of a run may be smaller. Returns (B,) int array.
     """
-    positions = np.arange(step * batch_size, min((step + 1) * batch_size, num_steps_rows))
+    positions = np.arange(step * batch_size, min((step + 1) * batch_size, total_rows))
     return np.array([_permutation(num_rows, seed, int(p // num_rows))[p % num_rows] for p in positions])
 
 

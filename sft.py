@@ -186,27 +186,28 @@ def load_config(args):
     return config
 
 
+def read_weights(args, config, model_class):
+    """{name: tensor} of every parameter and buffer; raises RunError unless all are there, expected and finite."""
+    try:
+        source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors have many
+        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+    if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
+        raise common.RunError(f"--model {args.model}: weights do not fit the architecture: {wrong}")
+    weights = {name: tensor.detach() for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise common.RunError(f"--model {args.model}: {name} holds values that are not finite")
+    return weights
+
+
 def load_model(args, config, model_class, module_class, device, mesh):
     """Loads, wraps and shards a model: float32 parameters; on CUDA bf16 compute. Rank 0 alone holds a whole copy.
 
     Returns module_class(model), sharded by FSDP2 per decoder layer.
     """
     weights = {}
-
-    def read_weights():
-        try:
-            source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
-        except Exception as error:  # transformers and safetensors have many
-            raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
-        wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
-        if wrong:
-            raise common.RunError(f"--model {args.model}: weights do not fit the architecture: {wrong}")
-        for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
-            if not tensor.isfinite().all():
-                raise common.RunError(f"--model {args.model}: {name} holds values that are not finite")
-            weights[name] = tensor.detach()
-
-    on_rank0(read_weights)
+    on_rank0(lambda: weights.update(read_weights(args, config, model_class)))
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
     if not hasattr(model.base_model, "layers"):

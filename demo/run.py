@@ -19,8 +19,8 @@ from pathlib import Path
 
 STARTED = time.perf_counter()  # importing torch is a fair part of the wait
 
-# One thread: matrices this small gain little from more, and threads that wait for each other on cores that something
-# else uses make it five times slower. Read when torch is first imported, so it stands before the imports.
+# One thread: with two, on two cores that another program used too, a step took three to eight times as long, because
+# threads wait for each other busily. Read when torch is first imported, so it stands before the imports.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import evaluate  # noqa: E402
