@@ -123,7 +123,8 @@ class Policy(torch.nn.Module):
     def forward(self, microbatch):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
         weight = self.model.get_output_embeddings().weight  # (V, H)
-        return linear_cross_entropy(hidden, weight, microbatch.targets)  # ()
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        return linear_cross_entropy(hidden, weight, microbatch.targets, softcap)  # ()
 
 
 # ----------------------------------------------------------- plumbing: the same text in every script, by design
@@ -180,7 +181,7 @@ def load_config(args):
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_length > limit:
         raise common.RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for field in ("logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1):
             raise common.RunError(f"--model {args.model} transforms its logits ({field}), which is not supported")
     return config

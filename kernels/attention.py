@@ -6,7 +6,7 @@ i - j < W. There is no padding and no mask tensor. Importing this module registe
 model (`attn_implementation=...`, the scripts' `--attn`):
 
     packed         variable-length flash attention inside PyTorch on CUDA in 16 bits, otherwise `packed_loop`
-    packed_fa      the flash-attn package, when installed
+    packed_fa      the flash-attn package, when installed; the only fast one for models with a score soft-cap (Gemma 2)
     packed_loop    scaled_dot_product_attention on each sequence: the definition, on any device in any precision
 
 transformers hands a registered function no mask; `cu_seq_lens_q` and `max_length_q` reach it because the scripts pass
@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 def packed_attention(
     module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
-    cu_seq_lens_q=None, max_length_q=None, **kwargs,
+    cu_seq_lens_q=None, max_length_q=None, softcap=None, **kwargs,
 ):
     """Causal attention within each packed sequence; the fastest exact implementation for the tensors given.
 
@@ -34,33 +34,35 @@ def packed_attention(
         dropout: probability of dropping an attention weight; `packed` on CUDA supports 0 only.
         sliding_window: W, or None for full causal attention.
         cu_seq_lens_q: (S+1,) int32, first token of each sequence and T. max_length_q: longest sequence, in tokens.
+        softcap: c, to make scores c tanh(score / c), or None.
 
     Returns:
         (output (1, T, Hq, D), None), as transformers expects.
 
     Raises:
-        ValueError: sequence boundaries missing, a mask given, or a feature (softcap, sinks, dropout) that the chosen
-            implementation would otherwise ignore.
+        ValueError: sequence boundaries missing, a mask given, or a feature (sinks, position bias, on CUDA dropout)
+            that would otherwise be ignored.
     """
-    implementation = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _loop
-    _check(implementation.__name__, query, attention_mask, cu_seq_lens_q, kwargs)
-    return implementation(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+    _check("packed", query, attention_mask, cu_seq_lens_q, kwargs)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
+        return _varlen(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+    return _loop(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, softcap), None
 
 
 def packed_attention_loop(
     module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
-    cu_seq_lens_q=None, max_length_q=None, **kwargs,
+    cu_seq_lens_q=None, max_length_q=None, softcap=None, **kwargs,
 ):
     """`packed_attention` by its definition, one sequence at a time. Same arguments, result and errors."""
     _check("packed_loop", query, attention_mask, cu_seq_lens_q, kwargs)
-    return _loop(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+    return _loop(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, softcap), None
 
 
 def packed_attention_fa(
     module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
     cu_seq_lens_q=None, max_length_q=None, softcap=None, **kwargs,
 ):
-    """`packed_attention` by the flash-attn package. Same arguments, result and errors; also takes a score soft-cap.
+    """`packed_attention` by the flash-attn package. Same arguments, result and errors.
 
     Raises:
         ImportError: flash-attn is not installed.
@@ -82,29 +84,40 @@ def _check(name, query, attention_mask, cu_seqlens, kwargs):
         raise ValueError("packed attention needs the sequence boundaries: pass cu_seq_lens_q to the model's forward")
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError(f"packed attention takes one packed row and no mask, got {query.shape[0]} rows")
-    for feature in ("softcap", "s_aux", "position_bias"):
+    for feature in ("s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             raise ValueError(f"this model's attention uses {feature}, which {name} does not implement")
 
 
 @torch.compiler.disable  # the boundaries become Python integers
-def _loop(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
+def _loop(query, key, value, scaling, dropout, sliding_window, cu_seqlens, softcap):
     # Neighbours of one length go together: many short sequences cost few calls (`common.deal` sorts by length).
     runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
     parts = zip(*(x[0].split([length * n for length, n in runs], dim=1) for x in (query, key, value)), strict=True)
     outputs = []
     for (length, n), tensors in zip(runs, parts, strict=True):
         q, k, v = (x.unflatten(1, (n, length)).transpose(0, 1) for x in tensors)  # (n, heads, L, D)
-        mask = None
-        if sliding_window is not None and length > sliding_window:
+        windowed, mask = sliding_window is not None and length > sliding_window, None
+        if windowed or softcap is not None:
             i = torch.arange(length, device=q.device)
-            mask = (i[:, None] >= i) & (i[:, None] - i < sliding_window)  # (L, L): j <= i and i - j < W
-        output = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+            mask = (i[:, None] >= i) & (i[:, None] - i < (sliding_window if windowed else length))  # (L, L)
+        if softcap is None:
+            output = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        else:
+            output = _softcapped(q, k, v, mask, scaling or q.shape[3] ** -0.5, dropout, softcap)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (n·L, Hq, D)
     return torch.cat(outputs)[None]  # (1, T, Hq, D)
+
+
+def _softcapped(q, k, v, mask, scaling, dropout, softcap):
+    """scaled_dot_product_attention has no soft-cap: by hand, with all the scores in memory."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)  # (n, Hq, L, L)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=3, dtype=torch.promote_types(q.dtype, torch.float32))
+    return F.dropout(weights.to(q.dtype), dropout) @ v
 
 
 def _varlen(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):

@@ -25,6 +25,11 @@ os.environ |= {
 }
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run as Python on CPU tensors
+
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
