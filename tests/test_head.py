@@ -5,6 +5,7 @@ CUDA, elsewhere run by Triton's interpreter on CPU tensors).
 """
 
 import math
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +39,10 @@ def using(path, chunk=4096, block=64):
 
 def definition(hidden, weight, targets, temperature=1.0, softcap=None):
     """log-probabilities and entropy from all the logits, in float64; 0 where the target is -100."""
-    logits = hidden.double() @ weight.double().T
+    return from_logits(hidden.double() @ weight.double().T, targets, temperature, softcap)
+
+
+def from_logits(logits, targets, temperature, softcap):
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logp = (logits / temperature).log_softmax(dim=1)
@@ -80,39 +84,40 @@ SHAPES = {
 
 
 def check(path, dtype, T, H, V, share, temperature, softcap, chunk, seed):
-    """Values and gradients of the three functions; tolerances are those of the storage type."""
+    """Values and gradients of the three functions."""
     with using(path, chunk) as device:
         hidden, weight, targets = example(T, H, V, share, dtype, scale=3.0, seed=seed, device=device)
-        inputs, generator = (hidden, weight), torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         coefficients = torch.randn(2, T, generator=generator, dtype=torch.float64).to(device)
-        ours = linear_logprobs(hidden, weight, targets, temperature, softcap)
-        ours_grad = torch.autograd.grad((torch.stack(ours).double() * coefficients).sum(), inputs)
-        loss = linear_cross_entropy(hidden, weight, targets, softcap)
-        loss_grad = torch.autograd.grad(loss * 0.5, inputs)
-        old = ours[0].detach() + 0.3 * coefficients[0].float()
-        token_loss = clipped_loss(coefficients[1].float(), old)
-        clipped, logprobs, entropy = linear_token_loss(hidden, weight, targets, token_loss, temperature, softcap)
-        clipped_grad = torch.autograd.grad(clipped, inputs)
+        logprobs, entropy = linear_logprobs(hidden, weight, targets, temperature, softcap)
+        token_loss = clipped_loss(coefficients[1].float(), logprobs.detach() + 0.3 * coefficients[0].float())
+        clipped, *metrics = linear_token_loss(hidden, weight, targets, token_loss, temperature, softcap)
+        ours = {
+            "logprobs": (torch.stack([logprobs, entropy]) * coefficients).sum(),
+            "cross-entropy": linear_cross_entropy(hidden, weight, targets, softcap) * 0.5,
+            "token loss": clipped,
+        }
+        gradients = {name: torch.autograd.grad(value, (hidden, weight)) for name, value in ours.items()}
+    assert torch.equal(logprobs, metrics[0]) and torch.equal(entropy, metrics[1])
+    assert not any(metric.requires_grad for metric in metrics)
 
-    exact = {"rtol": 1e-4, "atol": 1e-4}
-    truth = definition(hidden, weight, targets, temperature, softcap)
-    truth_grad = torch.autograd.grad((torch.stack(truth) * coefficients).sum(), inputs, retain_graph=True)
-    torch.testing.assert_close(torch.stack(ours).double(), torch.stack(truth), **exact)
-    assert torch.equal(ours[0], logprobs) and torch.equal(ours[1], entropy)
-    assert not logprobs.requires_grad and not entropy.requires_grad  # for metrics
-    true_loss = -definition(hidden, weight, targets, 1.0, softcap)[0].sum()
-    torch.testing.assert_close(loss.double(), true_loss, **exact)
-    trained = targets != -100
-    true_clipped = token_loss(truth[0], truth[1], torch.arange(T, device=trained.device))[trained].sum()
-    torch.testing.assert_close(clipped.double(), true_clipped, rtol=1e-3, atol=1e-3)
-    grads = (*ours_grad, *loss_grad, *clipped_grad)
-    true_grads = (*truth_grad, *torch.autograd.grad(true_loss * 0.5, inputs), *torch.autograd.grad(true_clipped, inputs))
-    for a, b in zip(grads, true_grads, strict=True):
-        assert a.dtype == dtype
-        if dtype == torch.float32:
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-        else:  # d_logits and the result are rounded to 8 bits
-            assert (a - b).double().norm() <= 0.02 * b.double().norm() + 1e-4
+    h, w = hidden.detach().double(), weight.detach().double()
+    logits, trained = (h @ w.T).requires_grad_(), targets != -100
+    true = from_logits(logits, targets, temperature, softcap)
+    torch.testing.assert_close(torch.stack([logprobs, entropy]).double(), torch.stack(true), rtol=1e-5, atol=2e-5)
+    truth = {
+        "logprobs": (torch.stack(true) * coefficients).sum(),
+        "cross-entropy": -from_logits(logits, targets, 1.0, softcap)[0].sum() * 0.5,
+        "token loss": token_loss(*true, torch.arange(T, device=trained.device))[trained].sum(),
+    }
+    for name, value in truth.items():
+        assert (ours[name] - value).abs() <= 1e-4 * (1 + value.abs()), name
+        (d,) = torch.autograd.grad(value, logits, retain_graph=True)
+        # Rounding each d_logit by a relative amount moves a gradient by at most that share of the sum of its terms'
+        # sizes. bf16 has 8 bits: 2^-8 for the result and for d_logits, where Triton's interpreter truncates, 2^-7.
+        unit, floor = (1e-4, 1e-5) if dtype == torch.float32 else (2**-7 + 2**-8, 1e-4)
+        for a, b, size in zip(gradients[name], (d @ w, d.T @ h), (d.abs() @ w.abs(), d.abs().T @ h.abs()), strict=True):
+            assert a.dtype == dtype and ((a - b).abs() <= unit * size + floor).all(), name
 
 
 @settings(deadline=None, max_examples=60)
@@ -123,7 +128,7 @@ def test_torch_equals_the_definition(**shape):
 
 
 @needs_triton
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking is slow here
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), **SHAPES)
 def test_triton_equals_the_definition(dtype, **shape):
     """Likewise, over blocks that the vocabulary does not fill, with operands and gradients in 32 and 16 bits."""
@@ -316,7 +321,7 @@ for kernel in (rows._statistics_kernel, rows._gradient_kernel):
 @needs_triton
 def test_kernels_compile_for_hopper():
     """To a binary for sm_90, which needs no GPU (Triton brings NVIDIA's assembler)."""
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
