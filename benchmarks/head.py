@@ -288,7 +288,7 @@ def main(args):
         tables.append(measure(args, *map(int, shape.split(",")), device))
         print(table(tables[-1]), end="\n\n", flush=True)
     packages = ["torch", "triton", "trl", "liger-kernel", "cut-cross-entropy"]
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    installed = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     result = {
         "command": shlex.join(["python", *sys.argv]), "date": datetime.date.today().isoformat(),
