@@ -72,7 +72,7 @@ class Rows:
     Attributes:
         table: the encoder's columns, plus `source` and `row` (where each came from). One entry a kept row.
         sources: names of the sources. lengths: (N,) tokens in each row; trained: (N,) trained tokens in each row.
-        report: lines that say what was read, kept, skipped and noted. fingerprint: hash of every token and mask.
+        report: lines that say what was read, kept, skipped and noted. fingerprint: hash of all that was encoded.
     """
 
     table: datasets.Dataset
@@ -91,9 +91,14 @@ class Rows:
         return f"{self.sources[entry['source']]}, row {entry['row']}"
 
     def sequences(self, indices):
-        """[(input_ids (L,), trained (L,)), ...] of the rows at `indices`."""
-        batch = self.table.with_format("numpy", columns=["input_ids", "trained"])[list(indices)]
-        return list(zip(batch["input_ids"], batch["trained"], strict=True))
+        """[(input_ids (L,), trained (L,)), ...] of the rows at `indices`. A pair is two: chosen, then rejected."""
+        columns = {"input_ids", "trained", "chosen_length"} & set(self.table.column_names)
+        batch = self.table.with_format("numpy", columns=sorted(columns))[list(indices)]
+        whole = list(zip(batch["input_ids"], batch["trained"], strict=True))
+        if "chosen_length" not in batch:
+            return whole
+        pairs = zip(whole, batch["chosen_length"], strict=True)
+        return [part for (ids, mask), n in pairs for part in ((ids[:n], mask[:n]), (ids[n:], mask[n:]))]
 
 
 def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
@@ -132,9 +137,10 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     table = datasets.concatenate_datasets(tables)
     digest = hashlib.sha256()
     lengths, trained = [], []
-    for batch in table.select_columns(["input_ids", "trained"]).with_format("numpy").iter(1000):
-        for ids, mask in zip(batch["input_ids"], batch["trained"], strict=True):
-            digest.update(ids.tobytes() + mask.tobytes())
+    others = [column for column in encode.features if column not in ("input_ids", "trained")]
+    for batch in table.select_columns(list(encode.features)).with_format("numpy").iter(1000):
+        for ids, mask, *rest in zip(batch["input_ids"], batch["trained"], *(batch[c] for c in others), strict=True):
+            digest.update(ids.tobytes() + mask.tobytes() + "".join(map(str, rest)).encode())
             lengths.append(len(ids))
             trained.append(int(mask[1:].sum()))  # no state precedes the first token
     return Rows(table, names, np.array(lengths), np.array(trained), report, digest.hexdigest()[:16])
@@ -231,7 +237,7 @@ _ROW_FEATURES = {
 
 def _encode_row(raw, index, numbers, name, encode):
     number = int(numbers[index])
-    empty = {column: [] for column in encode.features} | {"notes": [], "row": number}
+    empty = dict.fromkeys(encode.features) | {"notes": [], "row": number}
     try:
         row = _without_nulls(dict(raw))
         if JSON in row:
@@ -600,8 +606,8 @@ def parse_tools(row):
     return tools or None
 
 
-class SftEncoder:
-    """Row {messages, tools?} → one sequence, for `load_rows`.
+class Encoder:
+    """What encoders (row → token sequences, for `load_rows`) share: their settings, and the checks on a conversation.
 
     Args:
         chat: the ChatFormat. vocab_size: rows of the model's embedding, which every id must be below.
@@ -615,20 +621,15 @@ class SftEncoder:
 
     def __init__(self, chat, vocab_size, max_length, overlong):
         self.chat, self.vocab_size, self.max_length, self.overlong = chat, vocab_size, max_length, overlong
-        self.key = json.dumps(["sft", chat.key, vocab_size, max_length, overlong])
+        self.key = json.dumps([type(self).__name__, chat.key, vocab_size, max_length, overlong])
 
-    def __call__(self, row):
-        if "messages" not in row:
-            raise ValueError(f"no field 'messages'; the row has {', '.join(map(repr, row)) or 'no fields'}")
-        messages = row["messages"]
-        check_messages(messages)
+    def encode(self, messages, tools, last_turn_only=False):
+        """(input_ids, trained, notes) of one checked conversation. Raises ValueError and Skip."""
         turns = [message for message in messages if message["role"] == "assistant"]
-        if not turns:
-            raise ValueError("messages has no assistant turn: there is nothing to train on")
         if any(not (turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in turns):
             raise Skip("an assistant turn is empty")
-        tools, notes = parse_tools(row), []
-        ids, trained = self.chat.encode(messages, tools)
+        ids, trained = self.chat.encode(messages, tools, last_turn_only)
+        notes = []
         if max(ids) >= self.vocab_size:
             raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
         if len(ids) > self.max_length:
@@ -642,7 +643,79 @@ class SftEncoder:
             notes.append("with control strings in content, kept as text")
         if self.chat.tokenizer.unk_token_id in ids:
             notes.append(f"with characters the tokenizer does not know (they become {self.chat.tokenizer.unk_token})")
-        return {"input_ids": ids, "trained": trained.tolist(), "notes": notes}
+        return ids, trained.tolist(), notes
+
+
+class SftEncoder(Encoder):
+    """Row {messages, tools?} → one sequence, in which every assistant turn is trained on."""
+
+    def __call__(self, row):
+        if "messages" not in row:
+            raise ValueError(f"no field 'messages'; the row has {', '.join(map(repr, row)) or 'no fields'}")
+        messages = row["messages"]
+        check_messages(messages)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError("messages has no assistant turn: there is nothing to train on")
+        ids, trained, notes = self.encode(messages, parse_tools(row))
+        return {"input_ids": ids, "trained": trained, "notes": notes}
+
+
+class PairEncoder(Encoder):
+    """Row {chosen, rejected, prompt?, tools?, margin?, subset?} → two sequences end to end, last answers trained.
+
+    `chosen` and `rejected` are whole conversations that differ in the last assistant turn, or, with a `prompt`
+    (messages, or a string: one user message), just answers (an assistant message in a list, or a string).
+    """
+
+    features = Encoder.features | {
+        "chosen_length": datasets.Value("int32"),
+        "margin": datasets.Value("float32"),
+        "subset": datasets.Value("string"),
+    }
+
+    def __call__(self, row):
+        chosen, rejected = (self._conversation(row, field) for field in ("chosen", "rejected"))
+        if chosen[:-1] != rejected[:-1]:
+            raise Skip("chosen and rejected differ before their last turn")
+        tools = parse_tools(row)
+        margin, subset = row.get("margin", 0.0), row.get("subset", "")
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise ValueError(f"margin is {margin!r}, expected a finite number")
+        if not isinstance(subset, str):
+            raise ValueError(f"subset is {_kind(subset)}, expected a string")
+        ids, trained, notes = self.encode(chosen, tools, last_turn_only=True)
+        rejected_ids, rejected_trained, rejected_notes = self.encode(rejected, tools, last_turn_only=True)
+        if ids == rejected_ids:
+            raise Skip("chosen and rejected are the same" + " within --max_length" * (chosen != rejected))
+        return {
+            "input_ids": ids + rejected_ids,
+            "trained": trained + rejected_trained,
+            "chosen_length": len(ids),
+            "margin": margin,
+            "subset": subset,
+            "notes": sorted({*notes, *rejected_notes}),
+        }
+
+    @staticmethod
+    def _conversation(row, field):
+        """The whole conversation with `field`'s answer."""
+        answer, prompt = row.get(field), row.get("prompt")
+        if answer is None:
+            raise ValueError(f"{field} is missing or null; the row has {', '.join(map(repr, row)) or 'no fields'}")
+        if isinstance(answer, str):
+            if prompt is None:
+                raise ValueError(f"{field} is a string, so the row needs a field 'prompt'")
+            answer = [{"role": "assistant", "content": answer}]
+        check_messages(answer, field)
+        if answer[-1]["role"] != "assistant":
+            raise ValueError(f"{field} ends with a {answer[-1]['role']} message, expected the assistant's answer")
+        if answer[0]["role"] in ("system", "user"):
+            return answer  # a whole conversation already; a prompt beside it is a copy
+        if prompt is None:
+            raise ValueError(f"{field} begins with a {answer[0]['role']} message, so the row needs a field 'prompt'")
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        check_messages(prompt, "prompt")
+        return [*prompt, *answer]
 
 
 def show_example(tokenizer, input_ids, trained):

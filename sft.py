@@ -57,8 +57,8 @@ class Args:
     model: str
     """model folder or Hub id to start from"""
     data: list[str]
-    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file or a Hub id (name, name@split)
-    with `messages` rows; AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
+    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file or a Hub id (name, name@split);
+    AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
     out: str
     """folder of the run; the same command with the same folder continues an interrupted run"""
     eval_data: list[str] = dataclasses.field(default_factory=list)
@@ -74,7 +74,7 @@ class Args:
     max_skip_frac: float = 0.01
     """refuse to start when a larger share of a source's rows is unusable"""
     batch_size: int = 128
-    """sequences per optimizer step, over all ranks and microbatches"""
+    """rows (conversations, pairs or prompts) per optimizer step, over all ranks and microbatches"""
     tokens_per_microbatch: int = 8192
     """tokens packed into one forward pass of one rank; 1 means one sequence at a time; does not change the loss"""
     lr: float = 5e-6
@@ -359,6 +359,7 @@ def load_checkpoint(args, module, optimizer, step):
 def export_model(args, model, chat, path):
     """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
     config = load_config(args)
+    config.num_labels, config.pad_token_id = model.config.num_labels, model.config.pad_token_id
     weights, persistent = {}, model.state_dict().keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied head appears once
         if name in persistent:
@@ -424,7 +425,7 @@ def start_logging(args, first_step, num_steps):
     def log(entry):
         with open(Path(args.out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(entry) + "\n")
-        shown = [key for key in ("loss", "eval_loss", "reward", "tokens_per_second") if key in entry]
+        shown = [key for key in ("loss", "eval_loss", "accuracy", "reward", "tokens_per_second") if key in entry]
         bar.set_postfix({key: f"{entry[key]:.4g}" for key in shown}, refresh=False)
         bar.update(entry["step"] - bar.n)
         if run:
@@ -437,14 +438,14 @@ def start_logging(args, first_step, num_steps):
 
 
 @torch.no_grad()
-def held_out_loss(args, policy, rows, device):
+def evaluate(args, policy, rows, device):
     """Equation (1) over all of `rows`."""
     policy.eval()
     loss = torch.zeros((), device=device)
     for microbatch in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
         loss += policy(common.pack(rows.sequences(microbatch), device))
     policy.train()
-    return all_sum(loss)[0] / int(rows.trained.sum())
+    return {"eval_loss": all_sum(loss)[0] / int(rows.trained.sum())}
 
 
 def main(args):
@@ -482,7 +483,7 @@ def main(args):
         load_checkpoint(args, policy, optimizer, first_step)
     log = start_logging(args, first_step, num_steps)
     if eval_rows and not first_step:
-        log({"step": 0, "eval_loss": held_out_loss(args, policy, eval_rows, device)})
+        log({"step": 0} | evaluate(args, policy, eval_rows, device))
 
     for step in range(first_step, num_steps):
         # batch → microbatches
@@ -513,7 +514,7 @@ def main(args):
         entry = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": grad_norm, "tokens": tokens}
         entry |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "trained_tokens": num_trained}
         if eval_rows and (step % args.eval_every == 0 or step == num_steps):
-            entry["eval_loss"] = held_out_loss(args, policy, eval_rows, device)
+            entry |= evaluate(args, policy, eval_rows, device)
         log(entry)
         if step < num_steps and (stop or (args.save_every and step % args.save_every == 0)):
             save_checkpoint(args, policy, optimizer, chat, step)

@@ -16,14 +16,15 @@ SCRIPTS = ("sft.py", "reward_model.py", "dpo.py", "grpo.py", "ppo_rlvr.py")
 MAY_DIFFER = {
     "main": "the algorithm",
     "Policy": "its forward returns what the algorithm's loss is made of",
+    "evaluate": "the algorithm's loss and metrics over held-out data",
 }
 # Flags whose default is the paper's for that algorithm; type and help are the same everywhere.
-PAPER_DEFAULTS = {"lr", "lr_schedule", "warmup_ratio", "batch_size", "epochs", "max_length", "weight_decay"}
+PAPER_DEFAULTS = {"lr", "lr_schedule", "warmup_ratio", "batch_size", "epochs", "max_length", "weight_decay", "overlong"}
 
 # Code lines (no blanks, comments, docstrings). A ratchet: lower a number when a file shrinks, and raise none without a
 # reason in docs/design.md.
 MAX_CODE_LINES = {
-    "sft.py": 376, "common.py": 517, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
+    "sft.py": 377, "reward_model.py": 415, "dpo.py": 454, "common.py": 574, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
 }  # fmt: skip
 MAX_HELPER, MAX_MAIN, MAX_NESTING, MAX_LINE = 40, 170, 3, 120
 MAX_DIFF = {("sft.py", "dpo.py"): 200, ("grpo.py", "ppo_rlvr.py"): 300}  # raw lines of `diff a b`

@@ -1,0 +1,645 @@
+"""Direct preference optimisation: teach a language model to prefer one answer to another, without a reward model.
+
+For a prompt x with a chosen answer y_c and a rejected one y_r, a frozen reference π_ref (the starting weights) and β
+
+    r(y)  = β log π(y | x) / π_ref(y | x),      log π(y | x) = Σ_t log π(y_t | x, y_<t)                          (1)
+    m     = r(y_c) - r(y_r)                                                                                      (2)
+    L     = mean over pairs of  -(1 - ε) log σ(m) - ε log σ(-m)                                                  (3)
+
+(3) is equation 7 of Rafailov et al., arXiv 2305.18290, for ε = 0; ε is the share of pairs thought to be labelled the
+wrong way round (conservative DPO). --length_normalize divides each log-ratio in (1) by the number of tokens of its
+answer: the loss of Tülu 3 and OLMo 3, there with --beta 5.
+
+The reference's log-probabilities do not change, so they are computed once, before training, and kept on disk: training
+needs the memory of supervised fine-tuning, and a second run with another β starts at once.
+
+Defaults are Tülu 3 8B's (arXiv 2411.15124, section 5), with two differences: the plain loss with β = 0.1, as in the DPO
+paper, until --length_normalize is given; and gradients are clipped at norm 1.
+
+    python dpo.py --model DIR --data pairs.jsonl --out runs/dpo                               one process, CPU or GPU
+    torchrun --nproc_per_node 8 dpo.py --model runs/sft/model --data pairs.jsonl --length_normalize --beta 5 --out ...
+
+A run killed at any moment continues exactly where it was when the same command is given again.
+
+Shapes:  T tokens in a packed microbatch, S sequences in it, B pairs (S = 2B: chosen, rejected, chosen, …), H hidden
+size, V vocabulary size, N pairs in the data.
+"""
+
+import copy
+import dataclasses
+import faulthandler
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import common
+import kernels.attention  # noqa: F401  (registers the attention functions that --attn names)
+from kernels.head import linear_logprobs
+
+
+@dataclass
+class Args:
+    model: str
+    """model folder or Hub id to start from"""
+    data: list[str]
+    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file or a Hub id (name, name@split);
+    AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
+    out: str
+    """folder of the run; the same command with the same folder continues an interrupted run"""
+    eval_data: list[str] = dataclasses.field(default_factory=list)
+    """held-out data, in the same form"""
+    chat_template: str | None = None
+    """tulu, chatml or a Jinja file; by default the tokenizer's own"""
+    content_tokens: list[str] = dataclasses.field(default_factory=list)
+    """control tokens that assistant content may hold as tokens ("<think>" "</think>"); all others there are text"""
+    max_length: int = 2048
+    """longest sequence, in tokens"""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """what happens to longer ones (either way they are counted)"""
+    max_skip_frac: float = 0.01
+    """refuse to start when a larger share of a source's rows is unusable"""
+    batch_size: int = 128
+    """rows (conversations, pairs or prompts) per optimizer step, over all ranks and microbatches"""
+    tokens_per_microbatch: int = 8192
+    """tokens packed into one forward pass of one rank; 1 means one sequence at a time; does not change the loss"""
+    ref_model: str | None = None
+    """the reference π_ref: model folder or Hub id; by default --model"""
+    beta: float = 0.1
+    """how much a log-ratio counts, and how far the policy may move (β in equation 1)"""
+    length_normalize: bool = False
+    """divide each log-ratio by the number of tokens of its answer; β is then larger, 5 in Tülu 3"""
+    label_smoothing: float = 0.0
+    """share of pairs assumed to be labelled the wrong way round (ε in equation 3)"""
+    lr: float = 5e-7
+    """peak learning rate"""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """decay to 0 after the warm-up, or none"""
+    warmup_ratio: float = 0.1
+    """share of the steps over which the learning rate rises from 0"""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's mean and square"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on matrices only"""
+    max_grad_norm: float = 1.0
+    """clip the gradient to this norm; 0 does not clip"""
+    epochs: float = 1.0
+    """passes over the training data"""
+    steps: int | None = None
+    """stop after this many optimizer steps, if that is sooner"""
+    seed: int = 1
+    """decides the order of the data and everything else that is random"""
+    eval_every: int = 100
+    """steps between evaluations on --eval_data (also before the first and after the last)"""
+    save_every: int = 500
+    """steps between checkpoints; 0 saves none but the final model"""
+    keep: int = 2
+    """newest checkpoints kept; 0 keeps all"""
+    shard: Literal["full", "hybrid"] = "full"
+    """full: parameters sharded over all ranks; hybrid: within a node, replicated over nodes"""
+    attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"
+    """packed attention by PyTorch, by flash-attn (when installed), or one sequence at a time"""
+    compile: bool = False
+    """torch.compile each decoder layer"""
+    activation_checkpointing: bool = False
+    """recompute each decoder layer in the backward pass: less memory, about a quarter slower"""
+    track: bool = False
+    """log to Weights & Biases (offline unless logged in)"""
+
+
+class Policy(torch.nn.Module):
+    """A causal language model that maps a packed microbatch to the log-probability of each sequence's answer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, microbatch):
+        hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
+        weight = self.model.get_output_embeddings().weight  # (V, H)
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        logprobs, _ = linear_logprobs(hidden, weight, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
+        per_token = torch.stack([logprobs, microbatch.targets != common.IGNORE], dim=1).double()  # (T, 2)
+        lengths = microbatch.cu_seqlens.diff().long()  # (S,)
+        sums = torch.segment_reduce(per_token, "sum", lengths=lengths)  # (S, 2)
+        return sums[:, 0], sums[:, 1]  # (S,) log π(y | x), (S,) tokens of y
+
+
+# ----------------------------------------------------------- plumbing: the same text in every script, by design
+
+
+def setup_distributed(args):
+    """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a process hangs
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise common.RunError(f"--batch_size {args.batch_size} is not divisible by the {world} processes")
+    torch.manual_seed(args.seed + dist.get_rank())
+    if args.shard == "hybrid":
+        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def on_rank0(function):
+    """Calls `function` on rank 0 alone. Every rank gets its result, or raises its error."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except (common.RunError, OSError, ValueError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise common.RunError(box[1])
+    return box[0]
+
+
+def all_sum(*values):
+    """Sums of scalars (numbers or tensors) over all ranks, as floats."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def load_config(args):
+    """The model's configuration, checked against the flags before anything large is loaded."""
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+    config.dtype = config.dtype or torch.float32
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and args.max_length > limit:
+        raise common.RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
+    for field in ("logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1):
+            raise common.RunError(f"--model {args.model} transforms its logits ({field}), which is not supported")
+    return config
+
+
+def read_weights(args, config, model_class):
+    """{name: tensor} of every parameter and buffer; raises RunError unless all are there, expected and finite."""
+    try:
+        source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors have many
+        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+    if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
+        raise common.RunError(f"--model {args.model}: weights do not fit the architecture: {wrong}")
+    weights = {name: tensor.detach() for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise common.RunError(f"--model {args.model}: {name} holds values that are not finite")
+    return weights
+
+
+def load_model(args, config, model_class, module_class, device, mesh):
+    """Loads, wraps and shards a model: float32 parameters; on CUDA bf16 compute. Rank 0 alone holds a whole copy.
+
+    Returns module_class(model), sharded by FSDP2 per decoder layer.
+    """
+    weights = {}
+    on_rank0(lambda: weights.update(read_weights(args, config, model_class)))
+    with torch.device("meta"):
+        model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
+    if not hasattr(model.base_model, "layers"):
+        raise common.RunError(f"--model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
+    module = module_class(model)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "mp_policy": precision if device.type == "cuda" else MixedPrecisionPolicy()}
+    for layer in model.base_model.layers:
+        if args.compile:
+            layer.compile()
+        fully_shard(layer, **options)
+    fully_shard(module, **options)
+    module.to_empty(device=device)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if dist.get_rank() == 0:
+                whole.copy_(weights.pop(name))
+            if isinstance(tensor, DTensor):
+                tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements))  # rank 0's, in shards
+            else:
+                dist.broadcast(whole, src=0)
+                tensor.copy_(whole)
+    return module.train()
+
+
+def make_optimizer(args, module):
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.adam_betas, fused=True)
+
+
+def learning_rate(args, step, num_steps):
+    """Learning rate of `step` (from 0): linear warm-up, then the schedule down to 0. A pure function of the step."""
+    warmup = math.ceil(args.warmup_ratio * num_steps)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if args.lr_schedule == "cosine":
+        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return args.lr * (1 - progress) if args.lr_schedule == "linear" else args.lr
+
+
+# Flags that may differ when a run is continued: they do not change what is computed.
+RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "keep", "shard", "attn", "compile",
+                 "activation_checkpointing", "track"}  # fmt: skip
+
+
+def start_run(args, fingerprints):
+    """Prepares the run's folder, or finds the run in it. Returns the step to continue from, None if it is finished.
+
+    Raises RunError if the folder holds another run: other flags, another script or other data.
+    """
+    out = Path(args.out)
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    config = {"script": Path(__file__).name, "data": fingerprints, "args": redact(dataclasses.asdict(args))}
+    config |= {"world_size": dist.get_world_size(), "versions": versions, "commit": git.stdout.strip() or None}
+    config = json.loads(json.dumps(config))
+    steps = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix == ""]
+    if (out / "config.json").exists() and (steps or (out / "model").exists()):
+        old = json.loads((out / "config.json").read_text())
+        pairs = [(flag, old["args"].get(flag), value) for flag, value in config["args"].items()]
+        pairs += [(key, old[key], config[key]) for key in ("script", "data")]
+        changed = [f"{key}: {a} → {b}" for key, a, b in pairs if a != b and key not in RUNTIME_FLAGS]
+        if changed:
+            raise common.RunError(f"{out} holds another run ({'; '.join(changed)}): choose another --out")
+    if (out / "model").exists():
+        return None
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for leftover in [*out.glob("checkpoints/*.tmp"), *out.glob("checkpoints/*.trash"), *out.glob("model.tmp")]:
+        shutil.rmtree(leftover)  # half written or half deleted when the run was killed
+    step = max(steps, default=0)
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(True) if metrics.exists() and step else []
+    lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    for path, text in ((metrics, "".join(lines)), (out / "config.json", json.dumps(config, indent=2))):
+        path.with_suffix(".tmp").write_text(text)
+        path.with_suffix(".tmp").replace(path)
+    return step
+
+
+def redact(value):
+    """`value` (JSON-like) with whatever looks like a secret replaced, for files that get shared."""
+    secret = r"(hf_|sk-|ghp_)[\w-]{8,}|(?<=key=)[^&\s\"]+|(?<=://)[^/@\s\"]+:[^/@\s\"]+(?=@)"
+    return json.loads(re.sub(secret, "[redacted]", json.dumps(value)))
+
+
+def save_checkpoint(args, module, optimizer, chat, step):
+    """Writes checkpoints/step_N: whole or not at all. Sharded state to resume from, and model/ to load elsewhere."""
+    final = Path(args.out, "checkpoints", f"step_{step}")
+    partial, rank = final.with_suffix(".tmp"), dist.get_rank()
+    on_rank0(lambda: partial.mkdir())
+    try:
+        model_state, optimizer_state = get_state_dict(module, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
+        random = {"cpu": torch.get_rng_state(), "world_size": dist.get_world_size()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        torch.save(random, partial / f"random_{rank}.pt")
+        export_model(args, module.model, chat, partial / "model")
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        free, reason = shutil.disk_usage(partial.parent).free, str(error).strip().splitlines()[-1]
+        raise common.RunError(f"checkpoint step {step} to {final} failed, {free:,} bytes free: {reason}") from None
+    sync_to_disk(partial)
+    dist.barrier()
+
+    def publish():
+        partial.rename(final)
+        sync_to_disk(final.parent, recursive=False)
+        for old in sorted(final.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[: -args.keep]:
+            shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
+
+    on_rank0(publish)
+
+
+def sync_to_disk(folder, recursive=True):
+    """fsync of a folder and, if recursive, everything in it."""
+    for path in [*(folder.rglob("*") if recursive else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def load_checkpoint(args, module, optimizer, step):
+    """Restores the state saved after `step` steps, on any number of ranks."""
+    path = Path(args.out, "checkpoints", f"step_{step}")
+    if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o002:  # torch unpickles its metadata
+        raise common.RunError(f"{path} belongs to somebody else or is world-writable: it will not be loaded")
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path / "state")
+    set_state_dict(module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    random = path / f"random_{dist.get_rank()}.pt"
+    random = torch.load(random, weights_only=True) if random.exists() else {"world_size": 0}
+    if random["world_size"] == dist.get_world_size():
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
+    elif dist.get_rank() == 0:
+        print("the number of processes has changed: random states start anew (dropout will differ)")
+
+
+def export_model(args, model, chat, path):
+    """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
+    config = load_config(args)
+    config.num_labels, config.pad_token_id = model.config.num_labels, model.config.pad_token_id
+    weights, persistent = {}, model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied head appears once
+        if name in persistent:
+            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if dist.get_rank() == 0:
+                weights[name] = whole.to("cpu", config.dtype)
+    if dist.get_rank() == 0:
+        with torch.device("meta"):
+            skeleton = type(model)(config).to(config.dtype)
+        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
+        skeleton.save_pretrained(path, state_dict=weights)
+        chat.tokenizer.save_pretrained(path)
+        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(path.iterdir())]
+        (path / "SHA256SUMS").write_text("".join(sums))
+    dist.barrier()
+
+
+def finish_run(args, module, chat):
+    """Publishes the final model as DIR/model, which marks the run as finished."""
+    partial = Path(args.out, "model.tmp")
+    export_model(args, module.model, chat, partial)
+    if dist.get_rank() == 0:
+        sync_to_disk(partial)
+        partial.rename(Path(args.out, "model"))
+    dist.destroy_process_group()
+
+
+def check_finite(args, step, loss, grad_norm, rows, indices):
+    """Stops before the optimizer step if the loss or the gradient is not finite; names the step and the batch."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    names = [rows.where(i) for i in indices]
+    path = Path(args.out, f"not_finite_step_{step + 1}.json")
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(names, indent=1))
+    raise common.RunError(
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, so the weights are as "
+        f"they were. Rows of this batch: {'; '.join(names[:4])}{' …' * (len(names) > 4)} (all of them in {path})"
+    )
+
+
+def start_logging(args, first_step, num_steps):
+    """Returns log(entry), which on rank 0 appends to metrics.jsonl, moves the progress bar and feeds W&B."""
+    if dist.get_rank() != 0:
+        return lambda entry: None
+    bar, run = tqdm(total=num_steps, initial=first_step, unit="step"), None
+    if args.track:
+        import wandb
+
+        netrc = Path.home() / ".netrc"
+        logged_in = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
+        run = wandb.init(
+            project="postcard",
+            name=Path(args.out).name,
+            id=hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=args.out,
+            config=redact(dataclasses.asdict(args)),
+            mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
+            settings=wandb.Settings(x_disable_meta=True, console="off"),  # command line and output may hold secrets
+        )
+
+    def log(entry):
+        with open(Path(args.out, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        shown = [key for key in ("loss", "eval_loss", "accuracy", "reward", "tokens_per_second") if key in entry]
+        bar.set_postfix({key: f"{entry[key]:.4g}" for key in shown}, refresh=False)
+        bar.update(entry["step"] - bar.n)
+        if run:
+            run.log(entry, step=entry["step"])
+
+    return log
+
+
+# ------------------------------------------------------------------------------------------------- the algorithm
+
+
+def reference_logprobs(args, rows, device, mesh):
+    """log π_ref(y | x) of every pair, (N, 2) float64 on CPU: chosen, rejected. Computed once, then read from disk.
+
+    The file in $HF_DATASETS_CACHE is named by a hash of all it depends on, whatever the number of processes; one that
+    is damaged or holds something else is made anew. `args.model` is the reference.
+    """
+    config = load_config(args)
+    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})
+    key = on_rank0(lambda: reference_key(args, config, rows, device))
+    path = Path(datasets.config.HF_DATASETS_CACHE, f"reference_{key[:32]}.safetensors")
+
+    def read():
+        try:
+            with safe_open(path, "pt") as file:
+                values, stamp = file.get_tensor("logprobs"), file.metadata()
+            if values.shape == (len(rows), 2) and stamp == {"key": key, "sha256": checksum(values)}:
+                return values
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError):
+            pass
+        print(f"{path} is damaged: the reference's log-probabilities are computed again")
+
+    def write():
+        partial = path.with_suffix(f".{os.getpid()}.tmp")  # another run may be writing the same file
+        save_file({"logprobs": values}, partial, metadata={"key": key, "sha256": checksum(values)})
+        partial.replace(path)
+
+    values = on_rank0(read)
+    if values is not None:
+        return values
+    policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh).eval()
+    values = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
+    microbatches = common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]
+    for pairs in tqdm(microbatches, desc="reference", disable=dist.get_rank() != 0):
+        with torch.no_grad():
+            logprobs, _ = policy(common.pack(rows.sequences(pairs), device))
+        values[pairs] = logprobs[: 2 * len(pairs)].view(-1, 2)
+    dist.all_reduce(values)  # each rank has filled in its own rows
+    values = values.cpu()
+    on_rank0(write)
+    return values
+
+
+def reference_key(args, config, rows, device):
+    """Hash of everything that log π_ref depends on: weights, configuration, tokens and masks, device, this file."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps([settings, rows.fingerprint, device.type], default=str).encode())
+    digest.update(Path(__file__).read_bytes())
+    for name, tensor in sorted(read_weights(args, config, AutoModelForCausalLM).items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def checksum(values):
+    return hashlib.sha256(values.numpy()).hexdigest()
+
+
+def preference_loss(args, logprobs, lengths, ref_logprobs):
+    """Equations (1) to (3) for B pairs.
+
+    Args:
+        logprobs: (2B,) log π(y | x) of chosen, rejected, chosen, …; lengths: (2B,) tokens of y; ref_logprobs: (B, 2).
+
+    Returns:
+        losses (B,), and {metric: (B,)}.
+    """
+    logprobs, lengths = logprobs[: ref_logprobs.numel()], lengths[: ref_logprobs.numel()]  # B is 0 for no sequences
+    logratios = logprobs - ref_logprobs.flatten()  # (2B,)
+    if args.length_normalize:
+        logratios = logratios / lengths
+    rewards = args.beta * logratios  # (2B,)                                                                    (1)
+    margin = rewards[0::2] - rewards[1::2]  # (B,)                                                              (2)
+    losses = -(1 - args.label_smoothing) * F.logsigmoid(margin) - args.label_smoothing * F.logsigmoid(-margin)  # (3)
+    metrics = {"loss": losses, "accuracy": margin > 0, "margin": margin, "chosen_reward": rewards[0::2]}
+    metrics |= {"rejected_reward": rewards[1::2], "chosen_logprob": logprobs[0::2], "rejected_logprob": logprobs[1::2]}
+    return losses, metrics
+
+
+@torch.no_grad()
+def evaluate(args, policy, rows, ref_logprobs, device):
+    """Means of the metrics over all of `rows`."""
+    policy.eval()
+    sums = 0
+    for pairs in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
+        logprobs, lengths = policy(common.pack(rows.sequences(pairs), device))
+        _, metrics = preference_loss(args, logprobs, lengths, ref_logprobs[pairs].to(device))
+        sums += torch.stack([values.sum() for values in metrics.values()])
+    policy.train()
+    return {f"eval_{name}": value / len(rows) for name, value in zip(metrics, all_sum(*sums), strict=True)}
+
+
+def main(args):
+    # 1. processes
+    device, mesh = setup_distributed(args)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    signals = []  # SIGTERM: finish the step, save, exit
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+
+    # 2. data
+    config = load_config(args)
+    ref_args = dataclasses.replace(args, model=args.ref_model or args.model)
+    if (size := load_config(ref_args).vocab_size) != config.vocab_size:
+        raise common.RunError(f"--ref_model has a vocabulary of {size}, --model one of {config.vocab_size}")
+    chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
+    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off: π_ref has none either
+    encode = common.PairEncoder(chat, config.vocab_size, args.max_length, args.overlong)
+    rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
+    eval_rows = common.load_rows(args.eval_data, encode, args.seed, args.max_skip_frac) if args.eval_data else None
+    if len(rows) < args.batch_size:
+        raise common.RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
+    num_rows = math.ceil(args.epochs * len(rows))  # rows seen in the whole run
+    num_steps = min(math.ceil(num_rows / args.batch_size), args.steps or num_rows)
+    if rank == 0:
+        print("\n".join(rows.report + (eval_rows.report if eval_rows else [])))
+        print("\n".join(common.show_example(chat.tokenizer, *sequence) for sequence in rows.sequences([0])))
+    first_step = on_rank0(lambda: start_run(args, [rows.fingerprint, eval_rows and eval_rows.fingerprint]))
+    if first_step is None:
+        return print(f"{args.out} is finished: its model is {args.out}/model")
+
+    # 3. model, after the reference has gone
+    ref_logprobs = reference_logprobs(ref_args, rows, device, mesh)  # (N, 2)
+    eval_ref_logprobs = reference_logprobs(ref_args, eval_rows, device, mesh) if eval_rows else None
+    policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
+
+    # 4. optimizer
+    optimizer = make_optimizer(args, policy)
+
+    # 5. resume
+    if first_step:
+        load_checkpoint(args, policy, optimizer, first_step)
+    log = start_logging(args, first_step, num_steps)
+    if eval_rows and not first_step:
+        log({"step": 0} | evaluate(args, policy, eval_rows, eval_ref_logprobs, device))
+
+    for step in range(first_step, num_steps):
+        # batch → microbatches
+        started = time.perf_counter()
+        indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, num_rows)
+        microbatches = common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]
+
+        # forward, loss, backward
+        sums = 0
+        for microbatch in microbatches:
+            pairs = indices[microbatch]
+            logprobs, lengths = policy(common.pack(rows.sequences(pairs), device))  # (2B,)
+            losses, metrics = preference_loss(args, logprobs, lengths, ref_logprobs[pairs].to(device))  # (B,)
+            (losses.sum() / len(indices) * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
+            sums += torch.stack([values.detach().sum() for values in metrics.values()])
+
+        # clip, update
+        *sums, stop = all_sum(*sums, len(signals))
+        means = {name: value / len(indices) for name, value in zip(metrics, sums, strict=True)}
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        grad_norm = grad_norm.full_tensor().item()
+        check_finite(args, step, means["loss"], grad_norm, rows, indices)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # log, evaluate, save
+        step, seconds, tokens = step + 1, time.perf_counter() - started, int(rows.lengths[indices].sum())
+        entry = {"step": step} | means | {"lr": group["lr"], "grad_norm": grad_norm, "tokens": tokens}
+        entry |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
+        if eval_rows and (step % args.eval_every == 0 or step == num_steps):
+            entry |= evaluate(args, policy, eval_rows, eval_ref_logprobs, device)
+        log(entry)
+        if step < num_steps and (stop or (args.save_every and step % args.save_every == 0)):
+            save_checkpoint(args, policy, optimizer, chat, step)
+            if stop:
+                sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
+
+    # export
+    finish_run(args, policy, chat)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except common.RunError as error:
+        sys.exit(f"error: {error}")
