@@ -144,10 +144,10 @@ class Policy(torch.nn.Module):
         weight = self.model.get_output_embeddings().weight  # (V, H)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         logprobs, _ = linear_logprobs(hidden, weight, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
-        per_token = torch.stack([logprobs, microbatch.targets != common.IGNORE], dim=1).double()  # (T, 2)
+        answer = (microbatch.targets != common.IGNORE).double()  # (T,)
         lengths = microbatch.cu_seqlens.diff().long()  # (S,)
-        sums = torch.segment_reduce(per_token, "sum", lengths=lengths)  # (S, 2)
-        return sums[:, 0], sums[:, 1]  # (S,) log π(y | x), (S,) tokens of y
+        sums = (torch.segment_reduce(x, "sum", lengths=lengths) for x in (logprobs.double(), answer))
+        return tuple(sums)  # (S,) log π(y | x), (S,) tokens of y
 
 
 # ----------------------------------------------------------- plumbing: the same text in every script, by design

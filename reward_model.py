@@ -130,7 +130,7 @@ class RewardModel(torch.nn.Module):
     def forward(self, microbatch):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
         last = hidden[microbatch.cu_seqlens[1:].long() - 1]  # (S, H)
-        return F.linear(last.float(), self.model.score.weight.float())[:, 0]  # (S,) in float32, whatever computes H
+        return last.float() @ self.model.score.weight[0].float()  # (S,) float32, also where H is bf16
 
 
 class ScoreModel(AutoModelForSequenceClassification):

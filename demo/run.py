@@ -2,9 +2,10 @@
 
     python demo/run.py --out runs/demo
 
-Makes a model that knows nothing (prepare.py), teaches it two-digit addition from demonstrations of which three in
-five are wrong (sft.py), measures it before and after on problems it has not seen (evaluate.py), and draws the loss
-(plot.py).
+Makes a model that knows nothing (prepare.py) and teaches it two-digit addition from demonstrations of which three in
+five are wrong (sft.py). Then pairs of a right and a wrong answer of its own (pairs.py) teach a model of its size to
+tell them apart (reward_model.py), and teach the model itself to give the right ones (dpo.py). Measures it before and
+after on problems it has not seen (evaluate.py), and draws the curves (plot.py).
 """
 
 import argparse
@@ -23,7 +24,8 @@ STARTED = time.perf_counter()  # importing torch is a fair part of the wait
 # threads wait for each other busily. Read when torch is first imported, so it stands before the imports.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import evaluate  # noqa: E402
+import evaluate  # noqa: E402, I001
+import pairs  # noqa: E402
 import plot  # noqa: E402
 import prepare  # noqa: E402
 import task  # noqa: E402
@@ -41,11 +43,12 @@ def run_script(name, **flags):
 
 
 def main(out, seed):
-    if Path(out, "sft").exists():
-        # an unfinished run would be continued and a finished one left as it is, but the demo always begins anew
-        if not Path(out, "base", "config.json").exists():
-            sys.exit(f"error: {out}/sft exists and is not from an earlier demo: choose another --out")
-        shutil.rmtree(Path(out, "sft"))
+    for folder in (Path(out, name) for name in ("sft", "rm", "dpo")):
+        if folder.exists():
+            # an unfinished run would be continued and a finished one left as it is, but the demo always begins anew
+            if not Path(out, "base", "config.json").exists():
+                sys.exit(f"error: {folder} exists and is not from an earlier demo: choose another --out")
+            shutil.rmtree(folder)
     parameters = prepare.prepare(out, seed)
     before = evaluate.evaluate(f"{out}/base")
     evaluate.show(before)
@@ -57,16 +60,35 @@ def main(out, seed):
 
     after = evaluate.evaluate(f"{out}/sft/model")
     evaluate.show(after)
+
+    count, held_out = pairs.write_pairs(f"{out}/sft/model", out, seed=seed)
+    print(f"\n{out}/pairs.jsonl: {count} pairs of the model's own answers, {held_out} held-out ones")
+    preferences = {"model": f"{out}/sft/model", "data": f"{out}/pairs.jsonl", "max_length": 64, "batch_size": 64}
+    run_script(
+        "reward_model.py", **preferences, eval_data=f"{out}/held_out_pairs.jsonl", out=f"{out}/rm",
+        lr=1e-3, epochs=2, warmup_ratio=0.1, eval_every=50, save_every=0, seed=seed,
+    )  # fmt: skip
+    run_script("dpo.py", **preferences, out=f"{out}/dpo", lr=3e-4, beta=0.5, save_every=0, seed=seed)
+
+    preferred = evaluate.evaluate(f"{out}/dpo/model")
+    evaluate.show(preferred)
     lowest = task.lowest_loss(f"{out}/train.jsonl")
     plot.plot(f"{out}/sft", f"{out}/loss.png", "Supervised fine-tuning on sloppy additions", lowest)
-    Path(out, "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2))
+    plot.plot_accuracy(f"{out}/rm", f"{out}/reward_model.png")
+    plot.plot_logprobs([f"{out}/dpo"], f"{out}/dpo.png")
+    share = plot.read(f"{out}/rm")[-1]["eval_accuracy"]
+    low, high = evaluate.wilson(share * held_out, held_out)
+    ranked = {"accuracy": share, "low": low, "high": high, "right": round(share * held_out), "total": held_out}
+    results = {"before": before, "after": after, "dpo": preferred, "reward_model": ranked}
+    Path(out, "results.json").write_text(json.dumps(results, indent=2))
 
     total = before["sampled"]["total"]
     print(f"\nShare of {total} held-out additions that is right, with 95 % intervals ({parameters:,} parameters)\n")
     print(f"{'':20}{'sampled':24}{'greedy':24}")
-    for name, result in (("random weights", before), ("after sft.py", after)):
+    for name, result in (("random weights", before), ("after sft.py", after), ("after dpo.py", preferred)):
         print(f"{name:20}{evaluate.interval(result['sampled']):24}{evaluate.interval(result['greedy']):24}")
-    print(f"\n{time.perf_counter() - STARTED:.0f} s. Model: {out}/sft/model   losses: {out}/loss.png")
+    print(f"\nShare of {held_out} held-out pairs that reward_model.py ranks right: {evaluate.interval(ranked)}")
+    print(f"\n{time.perf_counter() - STARTED:.0f} s. Model: {out}/dpo/model   curves: {out}/*.png")
 
 
 if __name__ == "__main__":
