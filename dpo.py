@@ -28,6 +28,7 @@ size, V vocabulary size, N pairs in the data.
 import copy
 import dataclasses
 import faulthandler
+import gc
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -133,7 +135,7 @@ class Args:
 
 
 class Policy(torch.nn.Module):
-    """A causal language model that maps a packed microbatch to the log-probability of each sequence's answer."""
+    """A causal language model that maps a packed microbatch to log π(y | x) and the tokens of y of each sequence."""
 
     def __init__(self, model):
         super().__init__()
@@ -146,8 +148,7 @@ class Policy(torch.nn.Module):
         logprobs, _ = linear_logprobs(hidden, weight, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
         answer = (microbatch.targets != common.IGNORE).double()  # (T,)
         lengths = microbatch.cu_seqlens.diff().long()  # (S,)
-        sums = (torch.segment_reduce(x, "sum", lengths=lengths) for x in (logprobs.double(), answer))
-        return tuple(sums)  # (S,) log π(y | x), (S,) tokens of y
+        return tuple(torch.segment_reduce(x, "sum", lengths=lengths) for x in (logprobs.double(), answer))  # (S,), (S,)
 
 
 # ----------------------------------------------------------- plumbing: the same text in every script, by design
@@ -230,6 +231,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
     Returns module_class(model), sharded by FSDP2 per decoder layer.
     """
+    gc.collect()  # FSDP's hooks make cycles: a model that was dropped is still in memory
     weights = {}
     on_rank0(lambda: weights.update(read_weights(args, config, model_class)))
     with torch.device("meta"):
@@ -460,33 +462,33 @@ def start_logging(args, first_step, num_steps):
 # ------------------------------------------------------------------------------------------------- the algorithm
 
 
-def reference_logprobs(args, rows, device, mesh):
+def reference_logprobs(args, ref_hash, rows, device, mesh):
     """log π_ref(y | x) of every pair, (N, 2) float64 on CPU: chosen, rejected. Computed once, then read from disk.
 
     The file in $HF_DATASETS_CACHE is named by a hash of all it depends on, whatever the number of processes; one that
-    is damaged or holds something else is made anew. `args.model` is the reference.
+    is damaged or holds something else is made anew. args.model is the reference, ref_hash its `reference_hash`.
     """
     config = load_config(args)
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})
-    key = on_rank0(lambda: reference_key(args, config, rows, device))
+    key = hashlib.sha256(f"{ref_hash} {rows.fingerprint}".encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE, f"reference_{key[:32]}.safetensors")
 
     def read():
-        try:
-            with safe_open(path, "pt") as file:
-                values, stamp = file.get_tensor("logprobs"), file.metadata()
-            if values.shape == (len(rows), 2) and stamp == {"key": key, "sha256": checksum(values)}:
-                return values
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, SafetensorError):
-            pass
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            values = file.get_tensor("logprobs")
+            if values.shape == (len(rows), 2) and file.metadata() == {"key": key, "sha256": checksum(values)}:
+                return values
         print(f"{path} is damaged: the reference's log-probabilities are computed again")
 
     def write():
         partial = path.with_suffix(f".{os.getpid()}.tmp")  # another run may be writing the same file
-        save_file({"logprobs": values}, partial, metadata={"key": key, "sha256": checksum(values)})
-        partial.replace(path)
+        try:
+            save_file({"logprobs": values}, partial, metadata={"key": key, "sha256": checksum(values)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            print(f"{path} could not be written, the next run will compute it again: {error}")
 
     values = on_rank0(read)
     if values is not None:
@@ -504,14 +506,14 @@ def reference_logprobs(args, rows, device, mesh):
     return values
 
 
-def reference_key(args, config, rows, device):
-    """Hash of everything that log π_ref depends on: weights, configuration, tokens and masks, device, this file."""
+def reference_hash(args, device):
+    """Hash of what log π_ref depends on beside the data: weights, configuration, type of device, code."""
+    config, code = load_config(args), [__file__, common.__file__, *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps([settings, rows.fingerprint, device.type], default=str).encode())
-    digest.update(Path(__file__).read_bytes())
+    parts = [settings, device.type, *(Path(path).read_text() for path in code)]
+    digest = hashlib.sha256(json.dumps(parts, default=str).encode())
     for name, tensor in sorted(read_weights(args, config, AutoModelForCausalLM).items()):
-        digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -582,8 +584,9 @@ def main(args):
         return print(f"{args.out} is finished: its model is {args.out}/model")
 
     # 3. model, after the reference has gone
-    ref_logprobs = reference_logprobs(ref_args, rows, device, mesh)  # (N, 2)
-    eval_ref_logprobs = reference_logprobs(ref_args, eval_rows, device, mesh) if eval_rows else None
+    ref_hash = on_rank0(lambda: reference_hash(ref_args, device))
+    ref_logprobs = reference_logprobs(ref_args, ref_hash, rows, device, mesh)  # (N, 2)
+    eval_ref_logprobs = reference_logprobs(ref_args, ref_hash, eval_rows, device, mesh) if eval_rows else None
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
 
     # 4. optimizer

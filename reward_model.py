@@ -25,6 +25,7 @@ size, N pairs in the data.
 import copy
 import dataclasses
 import faulthandler
+import gc
 import hashlib
 import json
 import math
@@ -227,6 +228,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
     Returns module_class(model), sharded by FSDP2 per decoder layer.
     """
+    gc.collect()  # FSDP's hooks make cycles: a model that was dropped is still in memory
     weights = {}
     on_rank0(lambda: weights.update(read_weights(args, config, model_class)))
     with torch.device("meta"):
@@ -485,7 +487,7 @@ def evaluate(args, model, rows, device):
     model.train()
     dist.all_reduce(results)  # each rank has filled in its own rows
     loss, accuracy = results.mean(dim=0).tolist()
-    entry, names = {"eval_loss": loss, "eval_accuracy": accuracy}, np.array(rows.table["subset"])
+    entry, names = {"eval_loss": loss, "eval_accuracy": accuracy}, np.array(rows.table["subset"][:])
     if len(set(names)) > 1:
         right = {name: results[(names == name).nonzero()[0], 1] for name in sorted(set(names))}
         entry["eval_subsets"] = {name: wilson_interval(x.sum().item(), len(x)) for name, x in right.items()}
@@ -518,7 +520,7 @@ def main(args):
     encode = common.PairEncoder(chat, config.vocab_size, args.max_length, args.overlong)
     rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
     eval_rows = common.load_rows(args.eval_data, encode, args.seed, args.max_skip_frac) if args.eval_data else None
-    margins = torch.tensor(rows.table["margin"], device=device)  # (N,)
+    margins = torch.tensor(rows.table["margin"][:], device=device)  # (N,)
     if len(rows) < args.batch_size:
         raise common.RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
     num_rows = math.ceil(args.epochs * len(rows))  # rows seen in the whole run

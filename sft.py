@@ -21,6 +21,7 @@ Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vo
 import copy
 import dataclasses
 import faulthandler
+import gc
 import hashlib
 import json
 import math
@@ -207,6 +208,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
     Returns module_class(model), sharded by FSDP2 per decoder layer.
     """
+    gc.collect()  # FSDP's hooks make cycles: a model that was dropped is still in memory
     weights = {}
     on_rank0(lambda: weights.update(read_weights(args, config, model_class)))
     with torch.device("meta"):

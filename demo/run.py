@@ -64,9 +64,10 @@ def main(out, seed):
     count, held_out = pairs.write_pairs(f"{out}/sft/model", out, seed=seed)
     print(f"\n{out}/pairs.jsonl: {count} pairs of the model's own answers, {held_out} held-out ones")
     preferences = {"model": f"{out}/sft/model", "data": f"{out}/pairs.jsonl", "max_length": 64, "batch_size": 64}
+    preferences["overlong"] = "drop"  # none is, but as both say so the second finds the encoded pairs in the cache
     run_script(
         "reward_model.py", **preferences, eval_data=f"{out}/held_out_pairs.jsonl", out=f"{out}/rm",
-        lr=1e-3, epochs=2, warmup_ratio=0.1, eval_every=50, save_every=0, seed=seed,
+        lr=1e-3, epochs=2, warmup_ratio=0.1, eval_every=75, save_every=0, seed=seed,
     )  # fmt: skip
     run_script("dpo.py", **preferences, out=f"{out}/dpo", lr=3e-4, beta=0.5, save_every=0, seed=seed)
 

