@@ -24,7 +24,7 @@ STARTED = time.perf_counter()  # importing torch is a fair part of the wait
 # threads wait for each other busily. Read when torch is first imported, so it stands before the imports.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import evaluate  # noqa: E402, I001
+import evaluate  # noqa: E402
 import pairs  # noqa: E402
 import plot  # noqa: E402
 import prepare  # noqa: E402
