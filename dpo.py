@@ -518,6 +518,7 @@ def reference_hash(args, device):
 
 
 def checksum(values):
+    """SHA-256 of a tensor's numbers."""
     return hashlib.sha256(values.numpy()).hexdigest()
 
 
