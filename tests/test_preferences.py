@@ -528,3 +528,18 @@ def test_fewer_pairs_than_processes(script, tiny_model, tmp_path):
         uncertain = {"seconds", "tokens_per_second", "accuracy", "eval_accuracy"}  # DPO's first margins are rounding
         for key in one.keys() - uncertain:
             assert math.isclose(four[key], one[key], rel_tol=1e-4, abs_tol=1e-6), (key, four, one)
+
+
+@pytest.mark.parametrize("module", [dpo, reward_model])
+def test_what_is_not_finite_stops_the_run(module, tiny_model, tmp_path):
+    """Before the update, naming the step and the rows; weights that are not numbers stop it at the start."""
+    rows = [{"prompt": "What?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(8)]
+    flags = {"data": [write_jsonl(tmp_path / "rows.jsonl", rows)], "max_length": 64, "batch_size": 4, "max_grad_norm": 0.0}
+    with pytest.raises(common.RunError, match=r"step 2: loss .*stopped before the update.*rows.jsonl, row \d"):
+        call(module, model=tiny_model, out=tmp_path / "run", lr=1e38, lr_schedule="constant", epochs=4, **flags)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.norm.weight.data[3] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "nan")
+    with pytest.raises(common.RunError, match="model.norm.weight holds values that are not finite"):
+        call(module, model=tmp_path / "nan", out=tmp_path / "no", **flags)
