@@ -632,12 +632,13 @@ def mutate(rows, rng):
     return bytes(content)
 
 
-def test_2000_mutated_files_raise_data_error_or_load(tmp_path):
+@pytest.mark.parametrize("files", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_files_raise_data_error_or_load(files, tmp_path):
     """Flipped bits, lost and repeated chunks, wrong types: a DataError of one line, or rows; never anything else."""
     rng, (plain, full) = random.Random(0), fuzz_rows()
     encoders = [encoder(name, max_length=150) for name in ("tulu", "chatml")]
     path, outcomes, started = tmp_path / "rows.jsonl", {"loaded": 0, "refused": 0}, time.perf_counter()
-    for number in range(2000):
+    for number in range(files):
         content = mutate(rng.sample(plain, 3) + [full] * (number % 2), rng)
         path.write_bytes(content)
         os.utime(path, ns=(0, number * 10**9))
@@ -651,7 +652,7 @@ def test_2000_mutated_files_raise_data_error_or_load(tmp_path):
         except Exception as error:
             pytest.fail(f"file {number}: {type(error).__name__}: {error}\n{content!r}")
     print(outcomes, f"{time.perf_counter() - started:.0f} s")
-    assert min(outcomes.values()) > 200
+    assert min(outcomes.values()) > files / 10  # both kinds of outcome are common
 
 
 # ------------------------------------------------------------------------------------------------- batches, packing

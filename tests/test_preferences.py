@@ -299,7 +299,7 @@ def test_learns_and_reports(reference):
     [
         (1, {"tokens_per_microbatch": 1}),  # one pair at a time
         (2, {"tokens_per_microbatch": 1000, "activation_checkpointing": True}),
-        (4, {"shard": "hybrid"}),
+        pytest.param(4, {"shard": "hybrid"}, marks=pytest.mark.slow),
     ],
 )
 def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(hh, reference, tmp_path, processes, flags):
@@ -311,8 +311,8 @@ def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(hh, reference, tm
 
 
 @pytest.mark.parametrize("signals", [(9, 15), pytest.param((9, 9, 9, 15, 9), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", ["dpo.py", "reward_model.py"])
-def test_killed_terminated_continued_finished(script, signals, tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize("script", ["dpo.py", pytest.param("reward_model.py", marks=pytest.mark.slow)])
+def test_killed_terminated_continued_finished(script, signals, tiny_model, tmp_path, capfd):
     """kill -9 (also inside a save) and SIGTERM: the same command gives bit for bit the same run; then it does nothing."""
     rows = [{"prompt": f"What is {i} + {i}?" * (1 + i % 3), "chosen": f"{2 * i}.", "rejected": "No."} for i in range(33)]
     flags = {
@@ -337,7 +337,7 @@ def test_killed_terminated_continued_finished(script, signals, tiny_model, tmp_p
     assert trace(out) == trace(tmp_path / "whole") and len(trace(out)) == 20
     assert weights == (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
     call({"dpo.py": dpo, "reward_model.py": reward_model}[script], out=out, **flags | {"data": [flags["data"]]})
-    assert "is finished" in capsys.readouterr().out and weights == (out / "model" / "model.safetensors").read_bytes()
+    assert "is finished" in capfd.readouterr().out and weights == (out / "model" / "model.safetensors").read_bytes()
 
 
 def test_reward_model_opens_elsewhere(hh, reference):
@@ -513,7 +513,7 @@ def test_the_reference_does_not_stay_in_memory(tiny_model, tmp_path, monkeypatch
     assert len(loaded) == 3
 
 
-@pytest.mark.parametrize("script", ["dpo.py", "reward_model.py"])
+@pytest.mark.parametrize("script", ["dpo.py", pytest.param("reward_model.py", marks=pytest.mark.slow)])
 def test_fewer_pairs_than_processes(script, tiny_model, tmp_path):
     """A last batch of one pair and two held-out pairs on four processes: ranks without pairs take part and add nothing."""
     rows = [{"prompt": "What?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(5)]

@@ -199,7 +199,7 @@ def test_help_reads(tmp_path):
     stdout, _ = run("sft.py", **{"help": True})
     for flag in ("--tokens_per_microbatch", "--eval_data", "--activation_checkpointing"):
         assert flag in stdout
-    assert "sequences per optimizer step" in stdout
+    assert "rows (conversations, pairs" in stdout
 
 
 def test_missing_rank_makes_every_process_exit(tiny_model, tmp_path):
