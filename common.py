@@ -130,7 +130,7 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
         table = _encode_cached(raw.select(chosen), numbers[chosen], name, encode)
         table = table.add_column("source", [number] * len(table))
         report += _account(name, table, max_skip_frac)
-        kept = np.array([skip == "" for skip in table["skip"][:]])
+        kept = np.array(table["skip"][:]) == ""
         mixed = np.searchsorted(chosen, order)  # rows of the source → rows of `table`
         tables.append(table.select(mixed[kept[mixed]]))
         names.append(name)

@@ -148,7 +148,7 @@ class Policy(torch.nn.Module):
         logprobs, _ = linear_logprobs(hidden, weight, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
         answer = (microbatch.targets != common.IGNORE).double()  # (T,)
         lengths = microbatch.cu_seqlens.diff().long()  # (S,)
-        return tuple(torch.segment_reduce(x, "sum", lengths=lengths) for x in (logprobs.double(), answer))  # (S,), (S,)
+        return tuple(torch.segment_reduce(x, "sum", lengths=lengths) for x in (logprobs.double(), answer))  # 2 × (S,)
 
 
 # ----------------------------------------------------------- plumbing: the same text in every script, by design
@@ -383,7 +383,7 @@ def load_checkpoint(args, module, optimizer, step):
 
 def export_model(args, model, chat, path):
     """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
-    config = load_config(args)
+    config = load_config(args)  # the source's; a reward model differs in two entries
     config.num_labels, config.pad_token_id = model.config.num_labels, model.config.pad_token_id
     weights, persistent = {}, model.state_dict().keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied head appears once
@@ -468,8 +468,6 @@ def reference_logprobs(args, ref_hash, rows, device, mesh):
     The file in $HF_DATASETS_CACHE is named by a hash of all it depends on, whatever the number of processes; one that
     is damaged or holds something else is made anew. args.model is the reference, ref_hash its `reference_hash`.
     """
-    config = load_config(args)
-    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})
     key = hashlib.sha256(f"{ref_hash} {rows.fingerprint}".encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE, f"reference_{key[:32]}.safetensors")
 
@@ -493,7 +491,7 @@ def reference_logprobs(args, ref_hash, rows, device, mesh):
     values = on_rank0(read)
     if values is not None:
         return values
-    policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh).eval()
+    policy = load_model(args, load_config(args), AutoModelForCausalLM, Policy, device, mesh).eval()
     values = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
     microbatches = common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]
     for pairs in tqdm(microbatches, desc="reference", disable=dist.get_rank() != 0):
@@ -523,7 +521,7 @@ def checksum(values):
 
 
 def preference_loss(args, logprobs, lengths, ref_logprobs):
-    """Equations (1) to (3) for B pairs.
+    """Equations (1) to (3) for B pairs, before the mean.
 
     Args:
         logprobs: (2B,) log π(y | x) of chosen, rejected, chosen, …; lengths: (2B,) tokens of y; ref_logprobs: (B, 2).

@@ -380,7 +380,7 @@ def load_checkpoint(args, module, optimizer, step):
 
 def export_model(args, model, chat, path):
     """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
-    config = load_config(args)
+    config = load_config(args)  # the source's; a reward model differs in two entries
     config.num_labels, config.pad_token_id = model.config.num_labels, model.config.pad_token_id
     weights, persistent = {}, model.state_dict().keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied head appears once
@@ -460,7 +460,7 @@ def start_logging(args, first_step, num_steps):
 
 
 def ranking_loss(args, scores, margins):
-    """Equations (1) and (2) for B pairs.
+    """Equation (1) for B pairs, before the mean.
 
     Args:
         scores: (2B,) r of chosen, rejected, chosen, …; margins: (B,) how much better the chosen answer is.
@@ -479,10 +479,10 @@ def ranking_loss(args, scores, margins):
 def evaluate(args, model, rows, device):
     """Loss and accuracy over all of `rows`; where they have subsets, also of each subset, with 95 % intervals."""
     model.eval()
+    margins = torch.tensor(rows.table["margin"][:], device=device)  # (N,)
     results = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)  # loss, whether right
     for pairs in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
-        margins = torch.tensor(rows.table[pairs]["margin"], device=device)
-        losses, metrics = ranking_loss(args, model(common.pack(rows.sequences(pairs), device)), margins)
+        losses, metrics = ranking_loss(args, model(common.pack(rows.sequences(pairs), device)), margins[pairs])
         results[pairs] = torch.stack([losses, metrics["accuracy"]], dim=1).double()
     model.train()
     dist.all_reduce(results)  # each rank has filled in its own rows

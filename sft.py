@@ -360,7 +360,7 @@ def load_checkpoint(args, module, optimizer, step):
 
 def export_model(args, model, chat, path):
     """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
-    config = load_config(args)
+    config = load_config(args)  # the source's; a reward model differs in two entries
     config.num_labels, config.pad_token_id = model.config.num_labels, model.config.pad_token_id
     weights, persistent = {}, model.state_dict().keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied head appears once

@@ -33,11 +33,7 @@ little padding: help from outside, TRL would sort across batches. DPOTrainer's p
 The ratio does not carry over to a GPU, where TRL's head is a Triton kernel and skips untrained tokens, as ours does.
 """
 
-import datetime
 import json
-import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -45,7 +41,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_vs_trl import ROOT, Clock, largest_difference, run, summarise, train_tokenizer
+from sft_vs_trl import ROOT, Clock, environment, largest_difference, run, summarise, train_tokenizer
 
 SCRIPTS = {"dpo": "dpo", "reward": "reward_model", "sft": "sft"}
 TRAINERS = {"dpo": "DPOConfig, DPOTrainer", "reward": "RewardConfig, RewardTrainer"}
@@ -249,26 +245,6 @@ def run_trl(args, work, task, variant, size, out):
 # ------------------------------------------------------------------------------------- in the parent, without it
 
 
-def environment():
-    from importlib.metadata import version
-
-    def git(*words):
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-    ours = ["dpo.py", "reward_model.py", "sft.py", "common.py", "kernels"]
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/preference_vs_trl.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", *ours)),
-        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "trl", "accelerate")},
-        "python": platform.python_version(),
-        "cpu": f"{cpu[0]}, {len(cpu)} cores",
-        "load_average": os.getloadavg()[1],  # over 5 minutes, our own process included
-    }
-
-
 def main(args):
     if not Path(args.data).is_file():
         sys.exit(f"error: --data {args.data}: no such file; give a JSONL of HH dialogues")
@@ -333,7 +309,8 @@ def report(args, runs, memory, baseline, started):
                 ratios[f"{name} / {other}"] = ratio
                 print(f"memory of {name} / {other}: peak {ratio['peak_mb']:.2f}, growth {ratio['growth_mb']:.2f}")
     settings = asdict(args) | {"data": Path(args.data).name}
-    facts = environment() | {"minutes": (time.time() - started) / 60, "settings": settings, "import_peak_mb": baseline}
+    facts = environment("preference_vs_trl.py", "dpo.py", "reward_model.py", "sft.py", "common.py", "kernels")
+    facts |= {"minutes": (time.time() - started) / 60, "settings": settings, "import_peak_mb": baseline}
     facts |= {"memory_over_sft": ratios, "results": results}
     Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")
     for name, r in results.items():

@@ -250,7 +250,8 @@ def largest_difference(ours, theirs, key):
     return max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(ours, theirs, strict=True))
 
 
-def environment():
+def environment(benchmark, *sources):
+    """Date, command, versions and machine, for a result file; `sources` are the files and folders it measures."""
     from importlib.metadata import version
 
     def git(*words):
@@ -259,9 +260,9 @@ def environment():
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/sft_vs_trl.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{benchmark}", *sys.argv[1:]]),
         "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "sft.py", "common.py", "kernels")),
+        "uncommitted_changes": bool(git("status", "--porcelain", *sources)),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "trl", "accelerate")},
         "python": platform.python_version(),
         "cpu": f"{cpu[0]}, {len(cpu)} cores",
@@ -310,7 +311,8 @@ def report(args, runs, memory, baseline, started):
               f" {cpu:20.2f} {r['cpu_milliseconds_per_step']:8.1f} |"
               f" {r['peak_mb']:7.0f} {r['growth_mb']:7.0f} | {difference}")  # fmt: skip
     settings = asdict(args) | {"data": Path(args.data).name, "model": Path(args.model).name if args.model else "random"}
-    facts = environment() | {"minutes": (time.time() - started) / 60, "settings": settings, "import_peak_mb": baseline}
+    facts = environment("sft_vs_trl.py", "sft.py", "common.py", "kernels")
+    facts |= {"minutes": (time.time() - started) / 60, "settings": settings, "import_peak_mb": baseline}
     Path(args.out).write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
     for name, r in results.items():
         if r.get("loss_difference", 0) > 1e-4 or not r.get("same_tokens", True):

@@ -24,7 +24,7 @@ PAPER_DEFAULTS = {"lr", "lr_schedule", "warmup_ratio", "batch_size", "epochs", "
 # Code lines (no blanks, comments, docstrings). A ratchet: lower a number when a file shrinks, and raise none without a
 # reason in docs/design.md.
 MAX_CODE_LINES = {
-    "sft.py": 379, "reward_model.py": 417, "dpo.py": 457, "common.py": 574, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
+    "sft.py": 379, "reward_model.py": 417, "dpo.py": 455, "common.py": 574, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
 }  # fmt: skip
 MAX_HELPER, MAX_MAIN, MAX_NESTING, MAX_LINE = 40, 170, 3, 120
 MAX_DIFF = {("sft.py", "dpo.py"): 200, ("grpo.py", "ppo_rlvr.py"): 300}  # raw lines of `diff a b`

@@ -51,10 +51,6 @@ def from_logits(logits, targets, temperature, softcap):
     return logprobs * trained, -(logp.exp() * logp).sum(dim=1) * trained
 
 
-def relative_error(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-
-
 def example(T, H, V, share_trained, dtype=torch.float32, scale=1.0, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(T, H, generator=generator, dtype=torch.float64) * scale
