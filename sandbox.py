@@ -1,0 +1,551 @@
+"""Run Python that a model wrote so that it can compute and print, and nothing else.
+
+`run` gives a program its standard input and returns what it printed. `test` runs the tests of a data set against a
+program's functions. What a right answer looks like never enters the program's process: `run` returns the output for the
+caller to compare, and `test` uses two processes, one with the tests and one with the program. In the first, the names
+of the program's functions are proxies; arguments and results cross as plain data (JSON). So there is no result to
+forge, no `__eq__` to override and no grader in reach of the program's frames.
+
+Four layers, applied by the new process to itself before it runs a line of either text:
+
+    rlimits      1 GiB of memory, `CPU_SECONDS`, output, 32 open files, no core dump
+    landlock     reads only the interpreter, its libraries and site-packages                (Linux 5.13)
+    seccomp      a list of permitted system calls, on x86-64 and ARM64: no process, socket, signal, write-open, ...
+    namespaces   own user, network and IPC namespaces, where the kernel allows that
+
+`full` (the default) refuses to run anything unless Landlock and seccomp are in force. `weak` takes what there is.
+A pid namespace would hold nothing: seccomp lets a program neither start a process nor signal one. A program has no
+writable folder, and no sockets at all, so asyncio does not work either.
+
+This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
+"""
+
+# The fenced-in process imports this file too, so what only one side needs is imported where it is used: it saves 30 ms.
+import ctypes
+import os
+import select
+import sys
+
+CPU_SECONDS = 10  # of processor time, for each process
+WALL_SECONDS = 30  # on the clock: a program that sleeps, on a busy machine
+MEMORY = 2**30  # bytes of address space
+REPLY = 2**24  # bytes of one result
+SIGKILL = 9
+REQUIRED = ("landlock", "seccomp")
+LEVELS = ("full", "weak")
+CONFINED = "confined"  # the report of a process that has fenced itself in
+
+
+class SandboxError(RuntimeError):
+    """The layers that are required are not available here, or no process could be started."""
+
+
+# ---------------------------------------------------------------- the caller's side
+
+
+def run(source: str, stdin: str, max_output: int = 65536, level: str = "full") -> tuple[str, str | None]:
+    """Run `source` as a script: what it printed and, unless it ended by itself with status 0, one line that says how.
+
+    More than `max_output` bytes of output are an error in the program.
+    """
+    with Files(source=source, stdin=stdin, stdout="", stderr="") as files:
+        process = start("script", level, files["source"], files["stdin"], files["stdout"], files, max_output)
+        error = finish([process], files)
+        return read(files["stdout"], max_output), error
+
+
+def test(source: str, tests: list[str], names: list[str], level: str = "full") -> str | None:
+    """Run `tests` (pieces of Python, in order, in one namespace) with `names` standing for the program's functions.
+
+    Returns None when all pass, otherwise one line that says which did not and why.
+    """
+    import json
+
+    to_program, from_tests, to_tests, from_program = map(out_of_the_way, (*os.pipe(), *os.pipe()))
+    with Files(source=source, stderr="") as program, Files(tests=json.dumps([names, tests]), stderr="") as tester:
+        processes = [
+            start("tests", level, tester["tests"], to_tests, from_tests, tester),
+            start("functions", level, program["source"], to_program, from_program, program),
+        ]
+        for fd in (to_program, from_tests, to_tests, from_program):
+            os.close(fd)  # so that each side sees the end of the other
+        return finish(processes, tester)
+
+
+LIBRARIES = "math", "collections", "itertools", "functools", "heapq", "typing", "string"  # that tests forget to import
+
+
+def free_names(tests: list[str], entry_points: list[str]) -> tuple[list[str], list[str]]:
+    """The names that tests use and do not define: (those of the program, imports of the others as source).
+
+    Those of the program are `entry_points`, or else what is left when the others are known. A program may not replace
+    what judges it. So built-in names are not its own, nor is `math` in `math.isclose(...)`; nor `Counter`, `isclose`,
+    `np`, unless there is no other name that it can define. Raises SyntaxError.
+    """
+    import ast
+    import builtins
+    from importlib import import_module
+
+    used, bound, modules = set(), set(dir(builtins)), set()
+    for node in [node for piece in tests for node in ast.walk(ast.parse(piece))]:
+        match node:
+            case ast.Attribute(value=ast.Name(id=name)) if name in sys.stdlib_module_names:
+                modules.add(name)
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
+                bound.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                bound.add(name)
+            case ast.alias(name=name, asname=asname):
+                bound.add(asname or name.split(".")[0])
+    names, imports = used - bound - modules, [f"import {module}" for module in sorted(modules - bound)]
+    known = {name: f"from {module} import {name}" for module in LIBRARIES for name in dir(import_module(module))}
+    known |= {"np": "import numpy as np", "numpy": "import numpy"}
+    if entry_points or not names <= known.keys():
+        imports += [known[name] for name in sorted(names & known.keys() - set(entry_points))]
+        names -= known.keys()
+    return sorted(entry_points or names), imports
+
+
+def missing_layers() -> list[str]:
+    """The layers that this machine cannot provide, found by trying. Raises SandboxError if nothing starts."""
+    with Files(source="", stdin="", stdout="", stderr="") as files:
+        error = finish([start("layers", "weak", files["source"], files["stdin"], files["stdout"], files)], files)
+        if error:
+            raise SandboxError(f"the sandbox does not start: {error}")
+        return read(files["stdout"]).split()
+
+
+def require(level: str) -> list[str]:
+    """The layers missing here. Raises SandboxError when `level` cannot do without one of them."""
+    if level not in LEVELS:
+        raise SandboxError(f"unknown level of the sandbox: {level!r}; there are {', '.join(LEVELS)}")
+    missing = missing_layers()
+    if level == "full" and set(missing) & set(REQUIRED):
+        raise SandboxError(
+            f"this machine cannot fence in model-written code: {', '.join(missing)} missing. Run on a kernel that "
+            "has it, or accept less with the level 'weak': programs may then read your files"
+        )
+    return missing
+
+
+class Files(dict):
+    """Named texts in anonymous memory: name -> file descriptor. Nothing touches a disk, nothing is left behind."""
+
+    def __init__(self, **texts: str):
+        super().__init__()
+        for name, text in {"report": "", **texts}.items():
+            self[name] = out_of_the_way(os.memfd_create(name))
+            with open(self[name], "wb", closefd=False) as file:
+                file.write(text.encode("utf-8", "surrogatepass"))
+            os.lseek(self[name], 0, os.SEEK_SET)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for fd in self.values():
+            os.close(fd)
+
+
+def out_of_the_way(fd: int) -> int:
+    """The same file under a number that is none of the new process's own, 0 to 4."""
+    import fcntl
+
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return moved
+
+
+def read(fd: int, limit: int = 65536) -> str:
+    """The beginning of a file, as text."""
+    return os.pread(fd, limit, 0).decode("utf-8", "replace")
+
+
+def start(mode: str, level: str, text: int, stdin: int, stdout: int, files: Files, max_output: int = 65536) -> int:
+    """A fresh interpreter that fences itself in, says so in files["report"], and handles `text`. Returns its pid."""
+    import sysconfig
+
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = "import sys; sys.path.insert(0, sys.argv.pop()); import sandbox; sandbox.inside(*sys.argv[1:])"
+    arguments = [mode, level, str(max_output), str(os.getpid()), sysconfig.get_path("purelib"), here]
+    environment = {  # and nothing of the caller's: no keys, no proxies
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",  # the order of a set is the same every time: a verdict is a function of the text
+        "PYTHONIOENCODING": "utf-8:surrogatepass",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    descriptors = stdin, stdout, files["stderr"], text, files["report"]  # which become 0 to 4
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-s", "-S", "-P", "-c", code, *arguments],
+        environment,
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(descriptors)],
+        setsid=True,
+    )
+
+
+def finish(pids: list[int], files: Files) -> str | None:
+    """Wait for the first process, whose `files` are given, end them all, and say in one line what went wrong.
+
+    Raises SandboxError if it could not fence itself in.
+    """
+    fd = os.pidfd_open(pids[0])
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    late = not poll.poll(1000 * WALL_SECONDS)
+    os.close(fd)
+    # Who has ended by itself: the kernel sends SIGKILL at the limit of processor time, and so do we, but below.
+    ended = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids]
+    for pid in pids:
+        os.kill(pid, SIGKILL)  # it could not start another process
+    status, *_ = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    lines = read(files["stderr"]).strip().splitlines() or [f"exit status {status}"]
+    if (report := read(files["report"])) != CONFINED:
+        raise SandboxError(report or f"a process of the sandbox did not start: {lines[-1]}")
+    if late:
+        return f"more than {WALL_SECONDS} s"
+    if status and any(end and end.si_status == SIGKILL and end.si_code == os.CLD_KILLED for end in ended):
+        return f"more than {CPU_SECONDS} s of processor time"
+    return lines[-1][:200] if status else None
+
+
+# ---------------------------------------------------------------- the new process
+
+
+def inside(mode: str, level: str, max_output: str, parent: str, packages: str):
+    """What `start` starts."""
+    os.chdir("/")
+    os.closerange(5, 2**31 - 1)
+    with open(3, encoding="utf-8", errors="surrogatepass") as file:
+        source = file.read()
+    sys.path[0] = packages  # in place of ours; site-packages can be imported
+    channel = None
+    if mode in ("functions", "tests"):
+        channel = Channel(os.dup(0), os.dup(1))
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0), os.dup2(null, 1)
+    missing = confine(int(max_output), int(parent))
+    if level == "full" and set(missing) & set(REQUIRED):
+        os.write(4, f"the sandbox lacks {', '.join(missing)}".encode())
+        os._exit(1)
+    os.write(4, CONFINED.encode())
+    os.close(4)  # nothing that a program does can be taken for a report
+    import builtins
+
+    builtins.exit = builtins.quit = sys.exit  # which programs use, and `site` would define
+    if "random" in source:
+        import random
+
+        random.seed(0)  # for the same reason as PYTHONHASHSEED
+    if mode == "layers":
+        print(*missing)
+    elif mode == "script":
+        exec(compile(source, "program.py", "exec"), new_module("__main__"))
+    elif mode == "functions":
+        serve_functions(source, channel)
+    else:
+        run_tests(source, channel)
+    # An exception ends in the interpreter's own traceback, whose last line is what `finish` returns.
+
+
+def new_module(name: str) -> dict:
+    """The namespace of an empty module that can be imported."""
+    module = sys.modules[name] = type(sys)(name)
+    return module.__dict__
+
+
+class Channel:
+    """JSON lines to and from the other process."""
+
+    def __init__(self, incoming: int, outgoing: int):
+        import json
+
+        self.json = json
+        self.incoming, self.outgoing = os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb")
+
+    def send(self, message):
+        self.outgoing.write(self.json.dumps(message).encode() + b"\n")
+        self.outgoing.flush()
+
+    def receive(self):
+        line = self.incoming.readline(REPLY)
+        if not line.endswith(b"\n"):
+            raise EOFError("the other process has ended")
+        return self.json.loads(line)
+
+
+def serve_functions(source: str, channel: Channel):
+    """The program's side of `test`: run it, then answer requests for its names, attributes and calls."""
+    try:
+        exec(compile(source, "program.py", "exec"), new_module("solution"))
+    except (Exception, SystemExit) as error:
+        channel.receive()
+        return channel.send(["raise", type(error).__name__, str(error)[:200]])
+    objects = [sys.modules["solution"]]  # handles of what is not plain data
+    while True:
+        operation, handle, *request = channel.receive()
+        try:
+            target, given = objects[handle], []
+            if operation == "call":
+                given = [decode(argument, objects.__getitem__) for argument in request[0]]
+                named = {name: decode(argument, objects.__getitem__) for name, argument in request[1].items()}
+                result = target(*given, **named)
+            elif operation == "setattr":
+                result = setattr(target, request[0], decode(request[1], objects.__getitem__))
+            elif operation == "getitem":
+                result = target[decode(request[0], objects.__getitem__)]
+            else:
+                result = {"getattr": getattr, "bool": bool, "len": len, "list": list}[operation](target, *request)
+            channel.send(["result", encode(result, objects), [encode(argument, objects) for argument in given]])
+        except (Exception, SystemExit) as error:
+            channel.send(["raise", type(error).__name__, str(error)[:200]])
+
+
+def run_tests(source: str, channel: Channel):
+    """The tests' side. Ends the process: with status 1 as soon as a test raises, else 0."""
+    import json
+
+    names, tests = json.loads(source)
+    program = remote_class(channel)(0)
+    namespace = {"__name__": "tests"}
+    for number, test in enumerate(tests, 1):
+        try:
+            for name in names if number == 1 else ():
+                namespace[name] = getattr(program, name)
+            exec(compile(test, "test.py", "exec"), namespace)
+        except (Exception, SystemExit) as error:
+            print(f"test {number} of {len(tests)}: {type(error).__name__}: {error}"[:200], file=sys.stderr, flush=True)
+            os._exit(1)
+    os._exit(0)
+
+
+def ask(channel: Channel, *request):
+    """One request and its answer: result, and the arguments after a call. Raises what the program raised."""
+    import builtins
+
+    channel.send(request)
+    kind, *reply = channel.receive()
+    if kind == "raise":
+        known = getattr(builtins, str(reply[0]), None)
+        special = StopIteration, StopAsyncIteration, UnicodeError  # would end a test's loop; takes five arguments
+        if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, special):
+            raise known(reply[1])
+        raise RuntimeError(f"{reply[0]}: {reply[1]}")
+    return reply
+
+
+def remote_class(channel: Channel) -> type:
+    """The class of what lives in the program's process, as tests see it. Its methods raise what the program raises."""
+
+    class Remote:
+        """Compared here, by identity: it is equal to nothing else."""
+
+        def __init__(self, handle):
+            object.__setattr__(self, "_handle", handle)
+
+        def __getattr__(self, name):
+            if name.startswith("__"):  # NumPy would take the program's word for an array in our memory
+                raise AttributeError(name)
+            return decode(ask(channel, "getattr", self._handle, name)[0], Remote)
+
+        def __setattr__(self, name, value):
+            ask(channel, "setattr", self._handle, name, encode(value))
+
+        def __bool__(self):
+            return bool(ask(channel, "bool", self._handle)[0])
+
+        def __len__(self):
+            return decode(ask(channel, "len", self._handle)[0])
+
+        def __getitem__(self, key):
+            return decode(ask(channel, "getitem", self._handle, encode(key))[0], Remote)
+
+        def __iter__(self):
+            return iter(decode(ask(channel, "list", self._handle)[0], Remote))
+
+        def __call__(self, *given, **named):
+            arguments = [encode(argument) for argument in given], {name: encode(a) for name, a in named.items()}
+            result, after = ask(channel, "call", self._handle, *arguments)
+            for before, now in zip(given, [decode(argument, Remote) for argument in after], strict=True):
+                if isinstance(before, list) and isinstance(now, list):
+                    before[:] = now  # a function may sort its argument in place
+                elif isinstance(before, dict) and isinstance(now, dict):
+                    before.clear(), before.update(now)
+            return decode(result, Remote)
+
+    return Remote
+
+
+def encode(value, objects: list | None = None):
+    """Plain data as JSON. Subclasses lose their class, iterators become lists, the rest a handle in `objects`.
+
+    Raises TypeError for the rest if there are no `objects`.
+    """
+    match value:
+        case None | bool():
+            return value
+        case int():
+            return {"int": hex(value)}  # whatever its size
+        case float():
+            return float(value)
+        case str():
+            return str.__str__(value)
+        case list() | tuple() | set() | frozenset():
+            kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind)).__name__
+            return {kind: [encode(item, objects) for item in value]}
+        case dict():
+            return {"dict": [[encode(k, objects), encode(v, objects)] for k, v in value.items()]}
+        case complex():
+            return {"complex": [value.real, value.imag]}
+        case bytes() | bytearray():
+            return {"bytes": value.decode("latin1")}
+    if hasattr(value, "tolist"):  # NumPy
+        return encode(value.tolist(), objects)
+    if hasattr(value, "__next__") or isinstance(value, (range, type({}.keys()), type({}.values()), type({}.items()))):
+        return encode(list(value), objects)
+    if objects is None and hasattr(value, "_handle"):
+        return {"object": value._handle}  # a Remote
+    if objects is None:
+        raise TypeError(f"a test gives the program a {type(value).__name__}; only plain data can be given")
+    objects.append(value)
+    return {"object": len(objects) - 1}
+
+
+def decode(value, remote=None):
+    """The inverse of `encode`. Whatever the other side sends, the result is made of built-in types."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "int":
+        return int(content, 16)
+    kinds = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+    if kind in kinds:
+        return kinds[kind]([decode(item, remote) for item in content])
+    if kind == "dict":
+        return {decode(key, remote): decode(item, remote) for key, item in content}
+    if kind == "complex":
+        return complex(*content)
+    if kind == "bytes":
+        return content.encode("latin1")
+    return remote(int(content))
+
+
+# ---------------------------------------------------------------- the layers
+
+
+def confine(max_output: int, parent: int) -> list[str]:
+    """Fence this process in, for good. Returns the layers that could not be had."""
+    import resource
+
+    limits = {"AS": MEMORY, "CPU": CPU_SECONDS, "FSIZE": max_output, "NOFILE": 32, "CORE": 0}
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    sys.set_int_max_str_digits(0)
+    die_with(parent)
+    libc = ctypes.CDLL(None, use_errno=True)
+    PR_SET_NO_NEW_PRIVS = 38
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    layers = {"namespaces": namespaces, "landlock": landlock, "seccomp": seccomp}
+    return [name for name, apply in layers.items() if not apply(libc)]
+
+
+def die_with(parent: int):
+    """The kernel kills this process when its parent ends, however it ends."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # before that call
+        os._exit(1)
+
+
+def namespaces(libc) -> bool:
+    """No network interface, no user, no shared memory but its own. False where containers forbid that."""
+    CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
+    return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
+
+
+def landlock(libc) -> bool:
+    """Reading below a few folders, and nothing else of what the first version of Landlock can forbid.
+
+    Not all of /usr: images keep projects, and so ground truths, in /usr/src.
+    """
+    CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the numbers of all architectures
+    ALL, READ_FILE, READ_DIR, BENEATH = 0x1FFF, 1 << 2, 1 << 3, 1
+    ruleset = libc.syscall(CREATE_RULESET, ctypes.byref(ctypes.c_uint64(ALL)), ctypes.c_size_t(8), 0)
+    if ruleset < 0:
+        return False
+    folders = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache"}
+    folders |= {"/dev/null", "/dev/urandom", f"{sys.base_prefix}/lib", os.path.dirname(os.__file__), sys.path[0]}
+    for path in sorted(filter(os.path.exists, folders)):
+        fd = os.open(path, os.O_PATH)
+        rights = READ_FILE | (READ_DIR if os.path.isdir(path) else 0)
+        rule = rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)  # struct landlock_path_beneath_attr
+        if libc.syscall(ADD_RULE, ruleset, BENEATH, rule, 0):
+            return False
+        os.close(fd)
+    enforced = libc.syscall(RESTRICT_SELF, ruleset, 0) == 0
+    os.close(ruleset)
+    return enforced
+
+
+# Permitted system calls: name, number on x86-64, number on ARM64 (None where it does not exist).
+CALLS = """
+    read 0 63, write 1 64, close 3 57, fstat 5 80, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214,
+    rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, ioctl 16 29, pread64 17 67, readv 19 65,
+    writev 20 66, pipe2 293 59, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, sched_yield 24 124, mremap 25 216,
+    madvise 28 233, dup 32 23, dup2 33 -, dup3 292 24, nanosleep 35 101, getitimer 36 102, setitimer 38 103,
+    getpid 39 172, clone 56 220, exit 60 93, exit_group 231 94, uname 63 160, fcntl 72 25, getcwd 79 17, readlink 89 -,
+    readlinkat 267 78, stat 4 -, lstat 6 -, newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48,
+    faccessat2 439 439, getdents64 217 61, prlimit64 302 261, getrusage 98 165, sysinfo 99 179, times 100 153,
+    getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getppid 110 173, sigaltstack 131 132,
+    gettid 186 178, futex 202 98, sched_getaffinity 204 123, set_tid_address 218 96, set_robust_list 273 99,
+    clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, gettimeofday 96 169, time 201 -,
+    openat 257 56, getrandom 318 278, rseq 334 293, membarrier 324 283, tgkill 234 131, restart_syscall 219 128,
+    fadvise64 221 223, arch_prctl 158 -
+"""
+
+
+def seccomp(libc) -> bool:
+    """Permit CALLS, some only with harmless arguments; all others fail with ENOSYS, as on a kernel without them."""
+    architectures = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}
+    if os.uname().machine not in architectures:
+        return False
+    architecture, column = architectures[os.uname().machine]
+    rows = [entry.split() for entry in CALLS.split(",")]
+    numbers = {row[0]: int(row[column]) for row in rows if row[column] != "-"}
+    CLONE_THREAD, WRITES = 0x10000, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_TMPFILE & ~os.O_DIRECTORY
+    # argument, mask, values of (argument & mask) that are permitted
+    conditions = {
+        "clone": (0, CLONE_THREAD, [CLONE_THREAD]),  # threads, no processes
+        "openat": (2, WRITES, [0]),
+        "tgkill": (0, 0xFFFFFFFF, [os.getpid()]),  # abort(), and nobody else
+        "prlimit64": (0, 0xFFFFFFFF, [0]),  # its own limits
+        "fcntl": (1, 0xFFFFFFFF, [0, 1, 2, 3, 1030]),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
+        "ioctl": (1, 0xFFFFFFFF, [0x5401, 0x5413, 0x5450, 0x5451]),  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
+    }
+    LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06  # classic BPF on struct seccomp_data {nr, arch, ip, args[6]}
+    KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x00050001, 0x00050026
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    for name, number in numbers.items():
+        answer = [(RETURN, 0, 0, ALLOW)]
+        if name in conditions:
+            argument, mask, values = conditions[name]
+            little = sys.byteorder == "little"
+            answer = [(LOAD, 0, 0, 16 + 8 * argument + (0 if little else 4)), (AND, 0, 0, mask)]
+            for value in values:
+                answer += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
+            answer += [(RETURN, 0, 0, EPERM)]
+        program += [(EQUAL, 0, len(answer), number), *answer]
+    program += [(RETURN, 0, 0, ENOSYS)]
+
+    class Instruction(ctypes.Structure):
+        _fields_ = [("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)]
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
+
+    instructions = (Instruction * len(program))(*program)
+    PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+    return libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(Program(len(program), instructions)), 0, 0) == 0

@@ -1,0 +1,83 @@
+"""Verifiers that hang, crash, eat memory and lie, as a forker's module: workers import it by name."""
+
+import os
+import time
+
+from rewards import Verdict, verifier
+
+
+@verifier("hangs")
+def hangs(completion, ground_truth):
+    while "hang" in completion:
+        pass
+    return True
+
+
+@verifier("sleeps", seconds=0.2)
+def sleeps(completion, ground_truth):
+    time.sleep(60)
+
+
+@verifier("dies")
+def dies(completion, ground_truth):
+    if "die" in completion:
+        os._exit(0)
+    return True
+
+
+@verifier("dies_once")
+def dies_once(completion, ground_truth):
+    """`ground_truth` is a file that says whether it has died."""
+    if not os.path.exists(ground_truth):
+        open(ground_truth, "w").close()
+        os._exit(1)
+    return True
+
+
+@verifier("grows")
+def grows(completion, ground_truth):
+    return len(bytearray(2**31)) > 0
+
+
+@verifier("grows_and_stays", seconds=20)  # touching that much memory takes a busy machine more than a second
+def grows_and_stays(completion, ground_truth):
+    kept.append(bytearray(700 * 2**20))
+    return True, os.getpid()
+
+
+kept = []
+
+
+@verifier("raises")
+def raises(completion, ground_truth):
+    return {}[completion]
+
+
+@verifier("says")
+def says(completion, ground_truth):
+    return {"nan": float("nan"), "two": 2, "half": 0.5, "text": "yes", "none": None, "verdict": Verdict(1.0, "right", "x" * 10**6), "lie": Verdict(float("nan"), "right"), "reason": Verdict(1.0, "because")}[completion]
+
+
+@verifier("floods")
+def floods(completion, ground_truth):
+    print("to stdout" * 10**5)
+    os.write(2, b"to stderr" * 10**5)
+    return True
+
+
+@verifier("polite")
+def polite(completion, ground_truth):
+    return "please" in completion
+
+
+@verifier("small")
+def small(completion, ground_truth):
+    """The share of characters that are small letters."""
+    return sum(map(str.islower, completion)) / max(len(completion), 1)
+
+
+@verifier("coin")
+def coin(completion, ground_truth):
+    import hashlib
+
+    return hashlib.sha256(completion.encode("utf-8", "surrogatepass")).digest()[0] % 2 == 0
