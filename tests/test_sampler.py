@@ -1,0 +1,375 @@
+"""Rollouts: tokens against `generate`, log-probabilities against plain forward passes, and what a sample may depend on.
+
+What is exact: state restored → the same bits; `sync` → the same weights, bit for bit; the noise is a function of integers.
+What is only almost certain: that another number of slots samples the same tokens. Products of other shapes round
+differently, so two candidates within about 1e-6 of each other could change places. The models here are float32 and the
+seeds fixed, so a test does not flicker on one machine; on another it could fail. Of 40,000 tokens sampled from stories260K with
+7 and with 64 slots, none differed.
+"""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import shared
+from launch import run
+from test_kernels import tiny_config
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+import common
+import kernels.sampler
+from kernels.head import linear_logprobs
+from kernels.sampler import Sampler
+
+FAMILIES = ("llama", "qwen3", "olmo3", "gemma2", "gemma3")
+V = 128
+
+
+class Policy(torch.nn.Module):
+    """What scripts train: it has the transformers model as .model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, microbatch, temperature):
+        hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]
+        weight, softcap = self.model.get_output_embeddings().weight, getattr(self.model.config, "final_logit_softcapping", None)
+        return linear_logprobs(hidden, weight, microbatch.targets, temperature, softcap)[0] * 1  # FSDP2 wants no view
+
+
+def make(config, attn="eager", seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attn).eval()
+
+
+def make_sampler(model, slots=8, max_length=128, eos_ids=(2,)):
+    sampler = Sampler(model.config, slots, max_length, eos_ids, "cpu")
+    sampler.sync(Policy(model))
+    return sampler
+
+
+def make_prompts(lengths, vocab_size=V, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(3, vocab_size, length).tolist() for length in lengths]
+
+
+def tokens(completions):
+    return {(c.step, c.prompt, c.sample): c.token_ids.tolist() for c in completions}
+
+
+def bits(completions):
+    return [(c.step, c.prompt, c.sample, c.token_ids.tolist(), c.logprobs.tobytes(), c.ended) for c in completions]
+
+
+@torch.no_grad()
+def recompute(model, completion, temperature):
+    """The log-probabilities of a completion's tokens by one plain forward pass."""
+    ids = torch.from_numpy(np.concatenate([completion.prompt_ids, completion.token_ids]))
+    logp = (model(ids[None]).logits[0] / temperature).log_softmax(-1)
+    return logp[len(completion.prompt_ids) - 1 : -1].gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make(tiny_config("llama", V, True))
+
+
+def generate(model, prompt, max_new_tokens, eos_ids):
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_ids), pad_token_id=0,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+# ------------------------------------------------------------------------------- against transformers and training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers(family):
+    """Greedy: generate's tokens. Sampled at 0.7: log-probabilities equal one plain forward pass, and the training path
+    (packed, `linear_logprobs`), to 1e-5. Lengths beyond the sliding windows of 16; prompts of 1 to 60 tokens."""
+    model = make(tiny_config(family, V, True))
+    prompts, eos = make_prompts([1, 60, 5, 17, 16, 33]), [2, 9, 11]
+    sampler = make_sampler(model, slots=4, eos_ids=eos)
+    greedy = sampler.sample(prompts, 1, 40, temperature=0)
+    assert [c.token_ids.tolist() for c in greedy] == [generate(model, p, 40, eos) for p in prompts]
+    sampled = sampler.sample(prompts, 2, 40, temperature=0.7, seed=3)
+    for completion, temperature in [(c, 1) for c in greedy] + [(c, 0.7) for c in sampled]:
+        torch.testing.assert_close(
+            torch.from_numpy(completion.logprobs), recompute(model, completion, temperature), rtol=0, atol=1e-5
+        )
+    assert {c.ended for c in sampled} == {True, False}
+    policy = Policy(make(tiny_config(family, V, True), "packed"))
+    policy.load_state_dict(Policy(model).state_dict())
+    microbatch = common.pack([sequence(c) for c in sampled], "cpu")
+    with torch.no_grad():
+        logprobs = policy(microbatch, 0.7)[microbatch.targets != -100]
+    torch.testing.assert_close(logprobs, torch.from_numpy(np.concatenate([c.logprobs for c in sampled])), rtol=0, atol=1e-5)
+
+
+def sequence(completion):
+    """(input_ids, trained), as scripts pack it."""
+    ids = np.concatenate([completion.prompt_ids, completion.token_ids])
+    return ids, np.arange(len(ids)) >= len(completion.prompt_ids)
+
+
+@pytest.mark.parametrize("name, eos", [("stories260k", [1]), ("tinystories-656k", [2])])
+def test_real_models_equal_generate(name, eos):
+    """Greedy stories from four beginnings, to their end or 100 tokens."""
+    folder = shared("models", name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = common.load_tokenizer(folder, "tulu")
+    texts = ["Once upon a time", "Lily had a dog", "One day, a big red ball was in the park and Tom"]
+    prompts = [[eos[0]] if name == "tinystories-656k" else [1]] + [tokenizer(text).input_ids for text in texts]
+    completions = make_sampler(model, 3, 256, eos).sample(prompts, 1, 100, temperature=0)
+    assert [c.token_ids.tolist() for c in completions] == [generate(model, p, 100, eos) for p in prompts]
+    for c in completions:
+        torch.testing.assert_close(torch.from_numpy(c.logprobs), recompute(model, c, 1), rtol=0, atol=1e-5)
+
+
+def test_ids_trained_are_ids_sampled(llama):
+    """1,000 rollouts: the targets of the packed batch are the sampled ids, in order, and nothing else."""
+    completions = make_sampler(llama, 64, eos_ids=range(2, 12)).sample(make_prompts([4] * 250), 4, 16)
+    assert len(completions) == 1000
+    targets = common.pack([sequence(c) for c in completions], "cpu").targets
+    assert targets[targets != -100].tolist() == np.concatenate([c.token_ids for c in completions]).tolist()
+
+
+# ---------------------------------------------------------------------------------------- what a sample depends on
+
+
+def test_noise_is_exponential_and_depends_on_every_integer():
+    """Mean and variance 1, P(e < x) = 1 - exp(-x) down to x = 1e-5; uncorrelated between keys, positions and tokens."""
+    keys = torch.randint(-(2**31), 2**31, (100, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    e = kernels.sampler._waiting_times(keys, torch.arange(100, dtype=torch.int32), 50_000).double()  # 5 million
+    assert e.min() > 0 and abs(e.mean() - 1) < 5 / math.sqrt(e.numel()) and abs(e.var() - 1) < 5 * math.sqrt(8 / e.numel())
+    for x in (1e-5, 1e-3, 0.1, 1, 5):
+        p = -math.expm1(-x)
+        assert abs((e < x).double().mean() - p) < 5 * math.sqrt(p / e.numel()), x
+    change = torch.zeros(4, 2, dtype=torch.int32)
+    change[1, 0] = change[2, 1] = 1
+    e = kernels.sampler._waiting_times(change, torch.tensor([7, 7, 7, 8], dtype=torch.int32), 100_000)
+    e = torch.cat([e, e.roll(1, dims=1)])
+    correlation = torch.corrcoef(e) - torch.eye(8)
+    assert correlation.abs().max() < 5 / math.sqrt(100_000)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_frequencies(llama, temperature):
+    """Chi-square of 10,000 first and second tokens against exact probabilities; fixed seed, threshold at p = 1e-4."""
+    prompt = make_prompts([6])[0]
+    completions = make_sampler(llama, 512, eos_ids=[]).sample([prompt] * 500, 20, 2, temperature, seed=5)
+    with torch.no_grad():
+        first = (llama(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(0)
+        context = torch.tensor([prompt + [token] for token in range(V)])
+        second = first @ (llama(context).logits[:, -1].double() / temperature).softmax(1)  # marginal
+    for position, exact in enumerate((first, second)):
+        counts = np.bincount([c.token_ids[position] for c in completions], minlength=V)
+        expected = exact.numpy() * len(completions)
+        rare = expected < 10  # in one bin, as the test's approximation asks for
+        counts, expected = (np.append(x[~rare], x[rare].sum()) if rare.any() else x for x in (counts, expected))
+        chi2, freedom = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
+        bound = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty
+        assert freedom > 20 and chi2 < bound, (position, chi2, bound)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo3"])
+def test_slots_and_company_change_nothing(family):
+    """1, 3, 8 and 64 slots, with refills and groups, or each prompt by itself: the same tokens for every sample."""
+    model = make(tiny_config(family, V, True))
+    prompts = make_prompts([1, 50, 2, 30, 7, 7, 20, 3, 64])
+    options = {"max_new_tokens": 18, "temperature": 1.0, "seed": 7, "step": 3}
+    eos = list(range(2, 8))
+    results = [make_sampler(model, slots, eos_ids=eos).sample(prompts, 3, **options) for slots in (64, 8, 3, 1)]
+    assert all(tokens(result) == tokens(results[0]) for result in results)
+    assert len({len(c.token_ids) for c in results[0]}) > 5  # ragged, so slots were refilled at all times
+    alone = make_sampler(model, 2, eos_ids=eos)
+    for i in (8, 1, 0):
+        assert tokens(alone.sample([prompts[i]], 3, indices=[i], **options)).items() <= tokens(results[0]).items()
+
+
+def test_many_refills_at_once(llama):
+    """All completions are cut off together, and groups of three straddle 32 slots: the copies come from the right slot."""
+    prompts = make_prompts(range(2, 42))
+    together = make_sampler(llama, 32, eos_ids=[]).sample(prompts, 3, 5)
+    assert tokens(together) == tokens(make_sampler(llama, 120, eos_ids=[]).sample(prompts, 3, 5))  # no refill
+
+
+def test_every_integer_changes_the_sample(llama):
+    sampler, prompt = make_sampler(llama, eos_ids=[]), make_prompts([5])
+    base = {"n": 2, "max_new_tokens": 12, "seed": 1, "step": 1, "indices": [0]}
+    seen = [c.token_ids.tolist() for c in sampler.sample(prompt, **base)]
+    for change in ({"seed": 2}, {"step": 2}, {"indices": [1]}):
+        seen += [c.token_ids.tolist() for c in sampler.sample(prompt, **base | change)]
+    assert len(set(map(tuple, seen))) == 8
+    assert [c.token_ids.tolist() for c in sampler.sample(prompt, **base)] == seen[:2]
+
+
+# --------------------------------------------------------------------------------------------------- ends and edges
+
+
+def test_stops_at_every_end_token_and_at_the_limits(llama):
+    prompts = make_prompts([1, 3])
+    free = make_sampler(llama, eos_ids=[]).sample(prompts, 2, 20, seed=1)
+    assert all(len(c.token_ids) == 20 and not c.ended for c in free)
+    assert [len(c.token_ids) for c in make_sampler(llama).sample(prompts, 2, 1, seed=1)] == [1] * 4
+    ends = [int(free[0].token_ids[0]), int(free[1].token_ids[5]), int(free[2].token_ids[9])]  # the first: at once
+    for whole, c in zip(free, make_sampler(llama, eos_ids=ends).sample(prompts, 2, 20, seed=1), strict=True):
+        stop = next((i for i, token in enumerate(whole.token_ids) if token in ends), None)
+        assert c.ended == (stop is not None)
+        assert c.token_ids.tolist() == whole.token_ids[: None if stop is None else stop + 1].tolist()
+    tight = make_sampler(llama, max_length=4, eos_ids=[]).sample(prompts, 2, 20, seed=1)  # prompts of 1 and 3 tokens
+    assert [c.token_ids.tolist() for c in tight] == [c.token_ids[:k].tolist() for c, k in zip(free, [3, 3, 1, 1], strict=True)]
+    last = make_sampler(llama, eos_ids=[int(free[0].token_ids[19])]).sample(prompts[:1], 1, 20, seed=1)[0]
+    assert last.ended  # an end token as the last permitted one is an end
+
+
+def test_errors_name_the_cause(llama):
+    sampler = Sampler(llama.config, 2, 32, [2], "cpu")
+    with pytest.raises(ValueError, match="sync"):
+        sampler.sample([[1]], 1, 4)
+    sampler.sync(Policy(llama))
+    for arguments, message in [
+        ({"prompts": [[3] * 32]}, "prompt 0 has 32 tokens.*--max_length 32"),
+        ({"prompts": [[]]}, "prompt 0 has 0 tokens"),
+        ({"prompts": [[3], [V]], "indices": [7, 8]}, "prompt 8 has token ids outside the vocabulary of 128"),
+        ({"prompts": [[3], [4]], "indices": [5, 5]}, "prompt 5 of step 0 is there twice"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ]:
+        sampler.groups.clear()
+        with pytest.raises(ValueError, match=message):
+            sampler.sample(**{"prompts": [[3]], "n": 1, "max_new_tokens": 4} | arguments)
+    with pytest.raises(ValueError, match="lower --slots 10000000"):
+        Sampler(llama.config, 10**7, 512, [2], "cpu")
+    with pytest.raises(ValueError, match="beyond the 512 positions"):
+        Sampler(llama.config, 2, 1024, [2], "cpu")
+    scaled, stretched = copy.deepcopy(llama.config), copy.deepcopy(llama.config)
+    scaled.logit_scale = 0.5
+    stretched.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for config, message in [(scaled, "logit_scale"), (stretched, "dynamic")]:
+        with pytest.raises(ValueError, match=message):
+            Sampler(config, 2, 64, [2], "cpu")
+    broken = make(llama.config)
+    torch.nn.init.constant_(broken.model.norm.weight, math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        make_sampler(broken).sample([[3]], 1, 4)
+
+
+def test_prompts_are_prefilled_once(llama, monkeypatch):
+    """Eight samples of each of five prompts through three slots: every prompt's tokens but the last pass once."""
+    sampler, seen = make_sampler(llama, 3), []
+    prefill = sampler._prefill
+    monkeypatch.setattr(sampler, "_prefill", lambda sequences: seen.extend(len(ids) for _, ids in sequences) or prefill(sequences))
+    sampler.sample(make_prompts([4, 9, 1, 20, 6]), 8, 10)
+    assert seen == [3, 8, 0, 19, 5]
+
+
+# -------------------------------------------------------------------------------------------- kept between two calls
+
+
+def test_enough_keeps_the_rest_and_goes_on(llama):
+    """In-flight: with unchanged weights the samples are those of one call; no prompt is lost or returned twice."""
+    prompts, eos = make_prompts([3, 40, 8, 1, 20, 5, 11, 30]), range(2, 8)
+    options = {"n": 3, "max_new_tokens": 30, "seed": 2}
+    expected = tokens(make_sampler(llama, 6, eos_ids=eos).sample(prompts, **options))
+    sampler, collected, calls = make_sampler(llama, 6, eos_ids=eos), [], []
+    for part in (prompts[:5], prompts[5:], [], []):
+        start = sum(calls)
+        calls.append(len(part))
+        got = sampler.sample(part, indices=range(start, start + len(part)), enough=2, **options)
+        assert len(got) == 6 and len({c.prompt for c in got}) == 2 and all(c.done for c in got)
+        collected += got
+    assert tokens(collected) == expected and not sampler.groups
+
+
+def test_kept_sequences_continue_under_new_weights(llama):
+    """After `sync`, each token's log-probability is that under the weights that sampled it."""
+    other = make(llama.config, seed=1)
+    sampler = make_sampler(llama, 8, eos_ids=range(2, 5))
+    first = sampler.sample(make_prompts([9, 4, 30, 1, 5, 6]), 2, 40, temperature=0.9, enough=1)
+    kept = {id(c): len(c.token_ids) for group in sampler.groups.values() for c in group if not c.done}
+    assert sum(length > 0 for length in kept.values()) > 3
+    sampler.sync(Policy(other))
+    rest = sampler.sample([], 2, 40, temperature=0.9)
+    assert len(first) + len(rest) == 12
+    mixed = 0
+    for c in first + rest:
+        switch = kept.get(id(c), len(c.token_ids))
+        logprobs = torch.cat([recompute(llama, c, 0.9)[:switch], recompute(other, c, 0.9)[switch:]])
+        torch.testing.assert_close(torch.from_numpy(c.logprobs), logprobs, rtol=0, atol=1e-5)
+        mixed += 0 < switch < len(c.token_ids)
+    assert mixed > 3
+
+
+def test_new_weights_need_a_new_prefill(llama):
+    """A group that had begun when the weights changed: its next samples do not copy keys and values of the old ones."""
+    other = make(llama.config, seed=1)
+    sampler = make_sampler(llama, 2, eos_ids=[])
+    sampler.sample(make_prompts([9, 12]), 3, 5, enough=1)  # all cut off together: of the second prompt one is done
+    sampler.sync(Policy(other))
+    done, *new = sampler.sample([], 3, 5)
+    for completion, model in [(done, llama), *((c, other) for c in new)]:
+        torch.testing.assert_close(torch.from_numpy(completion.logprobs), recompute(model, completion, 1), rtol=0, atol=1e-5)
+
+
+def test_state_round_trip_is_exact(llama, tmp_path):
+    """Saved between two calls and loaded into another sampler: the same bits follow as without the interruption."""
+    other, prompts = make(llama.config, seed=1), make_prompts([9, 4, 30, 1, 12, 12])
+    options = {"n": 2, "max_new_tokens": 40, "temperature": 0.9, "enough": 2}
+
+    def start():
+        sampler = make_sampler(llama, 4, eos_ids=range(2, 6))
+        sampler.sample(prompts[:4], step=np.int64(1), indices=np.arange(4), **options)
+        return sampler
+
+    def finish(sampler):
+        sampler.sync(Policy(other))
+        completions = sampler.sample(prompts[4:], step=2, **options) + sampler.sample([], **options | {"enough": None})
+        return bits(completions)
+
+    torch.save(start().state_dict(), tmp_path / "state.pt")
+    restored = make_sampler(llama, 4, eos_ids=range(2, 6))
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert finish(restored) == finish(start())
+
+
+# ---------------------------------------------------------------------------------------------------------- sharded
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_world_of_one(family):
+    """A process alone under FSDP2: copied bit for bit, before and after a step, and training goes on."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = Policy(make(tiny_config(family, V, True), "packed"))
+        sampler = Sampler(policy.model.config, 4, 64, [2], "cpu")
+        for layer in policy.model.base_model.layers:
+            fully_shard(layer)
+        optimizer = torch.optim.SGD(fully_shard(policy).parameters(), lr=0.1)
+        for _ in range(2):
+            sampler.sync(policy)
+            copies = dict(sampler.model.named_parameters())
+            for name, tensor in policy.model.named_parameters():
+                assert torch.equal(tensor.full_tensor(), copies.pop(name)), name
+            assert not copies
+            completions = sampler.sample(make_prompts([4, 9]), 2, 8)
+            policy(common.pack([sequence(c) for c in completions], "cpu"), 1.0).sum().backward()
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes that import everything: 14 to 22 s
+def test_sharded_policies_are_copied_whole(tmp_path):
+    """On two processes with FSDP2: the copy equals the full weights bit for bit, before and after training steps; ranks
+    decode different lengths without collectives; the samples are those of one process."""
+    stdout, _ = run("tests/rollouts.py", 2, positional=[tmp_path])
+    assert stdout.count("agree") == 2
