@@ -164,6 +164,13 @@ def _choose(count, amount, rng, spec):
     return np.concatenate(repeats)[:total]
 
 
+def read_rows(source):
+    """Yields (row number, row) of one SOURCE, unencoded. Raises DataError."""
+    raw, numbers = _read(source)
+    for number, row in zip(numbers, raw, strict=True):
+        yield int(number), _decode_row(row, source, int(number))
+
+
 def _read(name):
     """The raw rows of one source, and their numbers in it. Rows of JSON files have one column, JSON: their text."""
     path = Path(name)
@@ -235,9 +242,7 @@ _ROW_FEATURES = {
 }
 
 
-def _encode_row(raw, index, numbers, name, encode):
-    number = int(numbers[index])
-    empty = dict.fromkeys(encode.features) | {"notes": [], "row": number}
+def _decode_row(raw, name, number):
     try:
         row = _without_nulls(dict(raw))
         if JSON in row:
@@ -245,13 +250,23 @@ def _encode_row(raw, index, numbers, name, encode):
             json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate ends here
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, found {_kind(row)}")
-        return empty | encode(row) | {"skip": ""}
-    except Skip as reason:
-        return empty | {"skip": str(reason)}
+        return row
     except json.JSONDecodeError as error:
         raise DataError(name, number, f"column {error.colno}: not valid JSON: {error.msg}") from None
     except UnicodeEncodeError as error:
         raise DataError(name, number, f"lone surrogate {error.object[error.start]!a} is not text") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(name, number, str(error)) from None
+
+
+def _encode_row(raw, index, numbers, name, encode):
+    number = int(numbers[index])
+    empty = dict.fromkeys(encode.features) | {"notes": [], "row": number}
+    row = _decode_row(raw, name, number)
+    try:
+        return empty | encode(row) | {"skip": ""}
+    except Skip as reason:
+        return empty | {"skip": str(reason)}
     except (ValueError, RecursionError) as error:
         raise DataError(name, number, str(error)) from None
 
@@ -718,6 +733,35 @@ class PairEncoder(Encoder):
         return [*prompt, *answer]
 
 
+class PromptEncoder(Encoder):
+    """Row {messages, dataset, ground_truth, weights?, tools?} → the prompt, and as JSON what an answer is judged by.
+
+    A last assistant turn is left out of the prompt. `max_length` is that of prompts, and longer ones are dropped: a
+    truncated question is another one. `overlong` is not used.
+    """
+
+    features = Encoder.features | {"job": datasets.Value("string")}
+
+    def __call__(self, row):
+        """Raises ValueError and Skip."""
+        for field in ("messages", "dataset", "ground_truth"):
+            if field not in row:
+                raise ValueError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}")
+        messages, tools = row["messages"], parse_tools(row)
+        check_messages(messages)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
+            raise ValueError("messages has no question: a prompt ends with a user's or a tool's message")
+        ids = self.chat.prompt(messages, tools)
+        if max(ids) >= self.vocab_size:
+            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+        if len(ids) > self.max_length:
+            raise Skip(TOO_LONG)
+        job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
+        return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
+
+
 def show_example(tokenizer, input_ids, trained):
     """One sequence as text for the terminal, trained tokens green and the rest grey."""
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(input_ids)]
@@ -741,8 +785,12 @@ def batch_indices(num_rows, batch_size, seed, step, total_rows):
 
     The stream is cut at `total_rows` rows, so the last batch of a run may be smaller. Returns (B,) int array.
     """
-    positions = np.arange(step * batch_size, min((step + 1) * batch_size, total_rows))
-    return np.array([_permutation(num_rows, seed, int(p // num_rows))[p % num_rows] for p in positions])
+    return stream(num_rows, seed, range(step * batch_size, min((step + 1) * batch_size, total_rows)))
+
+
+def stream(num_rows, seed, positions):
+    """The rows at some positions of that stream, (B,) int array."""
+    return np.array([_permutation(num_rows, seed, p // num_rows)[p % num_rows] for p in positions], dtype=np.int64)
 
 
 def deal(lengths, tokens_per_microbatch, world_size=1):
@@ -786,7 +834,7 @@ class Microbatch:
     Attributes:
         input_ids: (T,) int64. position_ids: (T,) int64, from 0 in each sequence. cu_seqlens: (S+1,) int32, where each
         sequence begins, and T. max_length: longest sequence, in tokens. targets: (T,) int64, the next token where it is
-        trained on, otherwise -100.
+        trained on, otherwise -100. extras: {name: (T,) float32}, other numbers of the tokens, where their targets are.
     """
 
     input_ids: torch.Tensor
@@ -794,6 +842,7 @@ class Microbatch:
     cu_seqlens: torch.Tensor
     max_length: int
     targets: torch.Tensor
+    extras: dict
 
     def model_inputs(self):
         """Keyword arguments for a transformers model with packed attention."""
@@ -808,18 +857,25 @@ class Microbatch:
         }
 
 
-def pack(sequences, device):
+def pack(sequences, device, *extras):
     """Makes a microbatch of [(input_ids (L,), trained (L,)), ...]; of no sequences, one token that trains nothing.
 
-    This is the only place where states and targets are shifted: targets[t] = input_ids[t+1].
+    This is the only place where states and targets are shifted: targets[t] = input_ids[t+1]. Numbers of a token that
+    are needed where it is predicted, (L,) arrays behind `trained` in each sequence, named by `extras`, shift with it;
+    they are 0 where nothing is trained.
     """
-    sequences = sequences or [(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))]
-    lengths = [len(ids) for ids, _ in sequences]
-    targets = [np.append(np.where(trained[1:], ids[1:], IGNORE), IGNORE) for ids, trained in sequences]
+    sequences = sequences or [(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), *[np.zeros(1)] * len(extras))]
+    lengths = [len(ids) for ids, *_ in sequences]
+
+    def shifted(column, fill, dtype):
+        values = [np.append(np.where(s[1][1:], s[column][1:], fill), fill) for s in sequences]
+        return torch.from_numpy(np.concatenate(values).astype(dtype)).to(device)
+
     return Microbatch(
-        input_ids=torch.from_numpy(np.concatenate([ids for ids, _ in sequences]).astype(np.int64)).to(device),
+        input_ids=torch.from_numpy(np.concatenate([ids for ids, *_ in sequences]).astype(np.int64)).to(device),
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device),
         max_length=max(lengths),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+        targets=shifted(0, IGNORE, np.int64),
+        extras={name: shifted(column, 0, np.float32) for column, name in enumerate(extras, 2)},
     )

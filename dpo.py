@@ -312,10 +312,12 @@ def start_run(args, fingerprints):
     for leftover in [*out.glob("checkpoints/*.tmp"), *out.glob("checkpoints/*.trash"), *out.glob("model.tmp")]:
         shutil.rmtree(leftover)  # half written or half deleted when the run was killed
     step = max(steps, default=0)
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(True) if metrics.exists() and step else []
-    lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    for path, text in ((metrics, "".join(lines)), (out / "config.json", json.dumps(config, indent=2))):
+    texts = {out / "config.json": json.dumps(config, indent=2)}
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        lines = path.read_text().splitlines(True) if path.exists() else []
+        lines = [line for line in lines if step and line.endswith("}\n") and json.loads(line)["step"] <= step]
+        texts |= {path: "".join(lines)} if path.exists() else {}
+    for path, text in texts.items():
         path.with_suffix(".tmp").write_text(text)
         path.with_suffix(".tmp").replace(path)
     return step
@@ -327,15 +329,18 @@ def redact(value):
     return json.loads(re.sub(secret, "[redacted]", json.dumps(value)))
 
 
-def save_checkpoint(args, module, optimizer, chat, step):
-    """Writes checkpoints/step_N: whole or not at all. Sharded state to resume from, and model/ to load elsewhere."""
+def save_checkpoint(args, module, optimizer, chat, step, state=None):
+    """Writes checkpoints/step_N: whole or not at all. Sharded state to resume from, and model/ to load elsewhere.
+
+    `state`: what else this rank needs to continue, of plain values and tensors.
+    """
     final = Path(args.out, "checkpoints", f"step_{step}")
     partial, rank = final.with_suffix(".tmp"), dist.get_rank()
     on_rank0(lambda: partial.mkdir())
     try:
         model_state, optimizer_state = get_state_dict(module, optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
-        random = {"cpu": torch.get_rng_state(), "world_size": dist.get_world_size()}
+        random = {"cpu": torch.get_rng_state(), "world_size": dist.get_world_size(), "state": state}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
         torch.save(random, partial / f"random_{rank}.pt")
@@ -364,21 +369,25 @@ def sync_to_disk(folder, recursive=True):
 
 
 def load_checkpoint(args, module, optimizer, step):
-    """Restores the state saved after `step` steps, on any number of ranks."""
+    """Restores what was saved after `step` steps, on any number of ranks. Returns (this rank's `state`, whether it is).
+
+    With another number of ranks than before it is rank 0's state of then.
+    """
     path = Path(args.out, "checkpoints", f"step_{step}")
     if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o002:  # torch unpickles its metadata
         raise common.RunError(f"{path} belongs to somebody else or is world-writable: it will not be loaded")
     model_state, optimizer_state = get_state_dict(module, optimizer)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path / "state")
     set_state_dict(module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    random = path / f"random_{dist.get_rank()}.pt"
-    random = torch.load(random, weights_only=True) if random.exists() else {"world_size": 0}
-    if random["world_size"] == dist.get_world_size():
+    random = torch.load(path / "random_0.pt", weights_only=True)
+    if same_world := random["world_size"] == dist.get_world_size():
+        random = torch.load(path / f"random_{dist.get_rank()}.pt", weights_only=True)
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
     elif dist.get_rank() == 0:
         print("the number of processes has changed: random states start anew (dropout will differ)")
+    return random["state"], same_world
 
 
 def export_model(args, model, chat, path):

@@ -250,20 +250,21 @@ def largest_difference(ours, theirs, key):
     return max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(ours, theirs, strict=True))
 
 
-def environment(benchmark, *sources):
+def environment(benchmark, *sources, packages=("torch", "transformers", "datasets", "trl", "accelerate")):
     """Date, command, versions and machine, for a result file; `sources` are the files and folders it measures."""
-    from importlib.metadata import version
+    from importlib.metadata import distributions
 
     def git(*words):
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{benchmark}", *sys.argv[1:]]),
         "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", *sources)),
-        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "trl", "accelerate")},
+        "versions": {name: installed.get(name) for name in packages},
         "python": platform.python_version(),
         "cpu": f"{cpu[0]}, {len(cpu)} cores",
         "load_average": os.getloadavg()[1],  # over 5 minutes, our own process included

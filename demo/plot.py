@@ -1,8 +1,9 @@
-"""Draws what runs have logged: the losses of one, or what a preference stage did.
+"""Draws what runs have logged: the losses of one, what a preference stage did, or rewards.
 
     python demo/plot.py --run runs/demo/sft --out runs/demo/loss.png
     python demo/plot.py --what accuracy --run runs/demo/rm --out runs/demo/reward_model.png
     python demo/plot.py --what logprobs --run runs/demo/dpo runs/demo/another --out runs/demo/dpo.png
+    python demo/plot.py --what reward --run runs/demo/grpo --out runs/demo/grpo.png
 """
 
 import argparse
@@ -88,6 +89,23 @@ def plot_logprobs(runs, out):
     save(figure, out)
 
 
+def plot_reward(run, out, title="GRPO: rewards"):
+    """Writes a PNG of the mean reward of each step's samples, and of the held-out prompts with their intervals."""
+    rows = read(run)
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(*series(rows, "reward"), color=LIGHT, linewidth=1, label="training, all that was sampled for a step")
+    steps, means = series(rows, "eval_reward")
+    _, highs = series(rows, "eval_reward_high")
+    halves = [high - mean for high, mean in zip(highs, means, strict=True)]
+    axes.errorbar(steps, means, halves, color=DARK, marker="o", markersize=5, capsize=3, label="held-out, 95 %")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False, loc="lower right")
+    save(figure, out)
+
+
 def smooth(values, reach=5):
     """Means of each value and its `reach` neighbours on either side: batches differ in how likely their answers are."""
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
@@ -96,11 +114,11 @@ def smooth(values, reach=5):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("loss", "accuracy", "logprobs"), default="loss")
+    parser.add_argument("--what", choices=("loss", "accuracy", "logprobs", "reward"), default="loss")
     parser.add_argument("--run", required=True, nargs="+", help="folder of the run; of several runs for logprobs")
     parser.add_argument("--out", required=True, help="PNG to write")
     args = parser.parse_args()
     if args.what == "logprobs":
         plot_logprobs(args.run, args.out)
     else:
-        {"loss": plot, "accuracy": plot_accuracy}[args.what](args.run[0], args.out)
+        {"loss": plot, "accuracy": plot_accuracy, "reward": plot_reward}[args.what](args.run[0], args.out)

@@ -5,6 +5,7 @@
     runs/demo/base              model and tokenizer, opens with from_pretrained (0.17M parameters, knows nothing)
     runs/demo/train.jsonl       demonstrations, three in five with a slip (see task.py)
     runs/demo/held_out.jsonl    the same for problems that train.jsonl does not contain
+    runs/demo/prompts.jsonl     the problems alone, with their sums, and held_out_prompts.jsonl
 """
 
 import argparse
@@ -65,7 +66,7 @@ def make_model(tokenizer, seed):
 
 
 def prepare(out, seed=1, count=6400):
-    """Writes base/, train.jsonl (`count` rows) and held_out.jsonl under `out`."""
+    """Writes base/, train.jsonl (`count` rows), held_out.jsonl and their problems' prompts under `out`."""
     Path(out).mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
@@ -74,6 +75,8 @@ def prepare(out, seed=1, count=6400):
     train, held_out = task.problems()
     task.write_demonstrations(f"{out}/train.jsonl", train, count, seed)
     task.write_demonstrations(f"{out}/held_out.jsonl", held_out, 500, seed)
+    task.write_prompts(f"{out}/prompts.jsonl", train)
+    task.write_prompts(f"{out}/held_out_prompts.jsonl", held_out)
     return model.num_parameters()
 
 
@@ -83,4 +86,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1, help="decides the weights and the demonstrations")
     args = parser.parse_args()
     parameters = prepare(args.out, args.seed)
-    print(f"{args.out}: model of {parameters:,} parameters, train.jsonl, held_out.jsonl")
+    print(f"{args.out}: model of {parameters:,} parameters, train.jsonl, held_out.jsonl, prompts of both")

@@ -4,8 +4,9 @@
 
 Makes a model that knows nothing (prepare.py) and teaches it two-digit addition from demonstrations of which three in
 five are wrong (sft.py). Then pairs of a right and a wrong answer of its own (pairs.py) teach a model of its size to
-tell them apart (reward_model.py), and teach the model itself to give the right ones (dpo.py). Measures it before and
-after on problems it has not seen (evaluate.py), and draws the curves (plot.py).
+tell them apart (reward_model.py), and teach the model itself to give the right ones (dpo.py). Or, from the same
+fine-tuned model, it tries answers and is told which sums are right (grpo.py). Measures it before and after on problems
+it has not seen (evaluate.py), and draws the curves (plot.py).
 """
 
 import argparse
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_script(name, **flags):
     """Runs one of the project's scripts as a user would, showing the command. Stops the demo if it fails."""
-    flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+    flags = [text for flag, value in flags.items() for text in (f"--{flag}", *([] if value is True else [str(value)]))]
     print(f"\n$ python {name} {shlex.join(flags)}", flush=True)
     code = subprocess.run([sys.executable, ROOT / name, *flags]).returncode
     if code:
@@ -43,7 +44,7 @@ def run_script(name, **flags):
 
 
 def main(out, seed):
-    for folder in (Path(out, name) for name in ("sft", "rm", "dpo")):
+    for folder in (Path(out, name) for name in ("sft", "rm", "dpo", "grpo")):
         if folder.exists():
             # an unfinished run would be continued and a finished one left as it is, but the demo always begins anew
             if not Path(out, "base", "config.json").exists():
@@ -73,23 +74,34 @@ def main(out, seed):
 
     preferred = evaluate.evaluate(f"{out}/dpo/model")
     evaluate.show(preferred)
+
+    run_script(
+        "grpo.py", model=f"{out}/sft/model", data=f"{out}/prompts.jsonl", eval_data=f"{out}/held_out_prompts.jsonl:500",
+        out=f"{out}/grpo", max_length=64, max_new_tokens=32, batch_size=64, group_size=8, slots=256, minibatches=4,
+        normalize_std=True, lr=5e-4, lr_schedule="linear", steps=32, eval_every=8, save_every=0, seed=seed,
+    )  # fmt: skip
+
+    rewarded = evaluate.evaluate(f"{out}/grpo/model")
+    evaluate.show(rewarded)
     lowest = task.lowest_loss(f"{out}/train.jsonl")
     plot.plot(f"{out}/sft", f"{out}/loss.png", "Supervised fine-tuning on sloppy additions", lowest)
     plot.plot_accuracy(f"{out}/rm", f"{out}/reward_model.png")
     plot.plot_logprobs([f"{out}/dpo"], f"{out}/dpo.png")
+    plot.plot_reward(f"{out}/grpo", f"{out}/grpo.png")
     share = plot.read(f"{out}/rm")[-1]["eval_accuracy"]
     low, high = evaluate.wilson(share * held_out, held_out)
     ranked = {"accuracy": share, "low": low, "high": high, "right": round(share * held_out), "total": held_out}
-    results = {"before": before, "after": after, "dpo": preferred, "reward_model": ranked}
+    results = {"before": before, "after": after, "dpo": preferred, "grpo": rewarded, "reward_model": ranked}
     Path(out, "results.json").write_text(json.dumps(results, indent=2))
 
     total = before["sampled"]["total"]
     print(f"\nShare of {total} held-out additions that is right, with 95 % intervals ({parameters:,} parameters)\n")
     print(f"{'':20}{'sampled':24}{'greedy':24}")
-    for name, result in (("random weights", before), ("after sft.py", after), ("after dpo.py", preferred)):
+    stages = {"random weights": before, "after sft.py": after, "… and dpo.py": preferred, "… or grpo.py": rewarded}
+    for name, result in stages.items():
         print(f"{name:20}{evaluate.interval(result['sampled']):24}{evaluate.interval(result['greedy']):24}")
     print(f"\nShare of {held_out} held-out pairs that reward_model.py ranks right: {evaluate.interval(ranked)}")
-    print(f"\n{time.perf_counter() - STARTED:.0f} s. Model: {out}/dpo/model   curves: {out}/*.png")
+    print(f"\n{time.perf_counter() - STARTED:.0f} s. Model: {out}/grpo/model   curves: {out}/*.png")
 
 
 if __name__ == "__main__":

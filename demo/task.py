@@ -49,6 +49,15 @@ def write_demonstrations(path, problems, count, seed):
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
+def write_prompts(path, problems):
+    """Writes rows {"messages": [user], "dataset", "ground_truth"} for grpo.py. gsm8k: the last number has to be it."""
+    with open(path, "w") as file:
+        for problem in problems:
+            a, b = map(int, problem.rstrip("=").split("+"))
+            messages = [{"role": "user", "content": problem}]
+            file.write(json.dumps({"messages": messages, "dataset": "gsm8k", "ground_truth": str(a + b)}) + "\n")
+
+
 def lowest_loss(path):
     """Nats per trained token of a model that knows every sum and how often slips come, but not when: the best there is.
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 ROOT = Path(__file__).parents[1]
 
 # The lowest common instruction set and one thread: the same bits on every x86-64 machine.
@@ -50,3 +52,18 @@ def metrics(out):
 def trace(out):
     """What a run computed, without what it measured: (step, loss, lr, gradient norm, held-out loss) of every step."""
     return [tuple(e.get(k) for k in ("step", "loss", "lr", "grad_norm", "eval_loss")) for e in metrics(out)]
+
+
+def call(module, **flags):
+    """A whole run in this process, which saves the imports."""
+    try:
+        module.main(module.Args(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}))
+    finally:
+        if dist.is_initialized():  # it stopped with an error
+            dist.destroy_process_group()
+
+
+def children(pid):
+    """The processes that a process has started and that have not ended."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]

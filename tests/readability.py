@@ -24,7 +24,8 @@ PAPER_DEFAULTS = {"lr", "lr_schedule", "warmup_ratio", "batch_size", "epochs", "
 # Code lines (no blanks, comments, docstrings). A ratchet: lower a number when a file shrinks, and raise none without a
 # reason in docs/design.md.
 MAX_CODE_LINES = {
-    "sft.py": 379, "reward_model.py": 417, "dpo.py": 455, "common.py": 574, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
+    "sft.py": 382, "reward_model.py": 420, "dpo.py": 458, "grpo.py": 643, "common.py": 608, "rewards.py": 291, "ifeval.py": 256, "pool.py": 244, "sandbox.py": 385, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
+    "kernels/sampler.py": 299,
 }  # fmt: skip
 MAX_HELPER, MAX_MAIN, MAX_NESTING, MAX_LINE = 40, 170, 3, 120
 MAX_DIFF = {("sft.py", "dpo.py"): 200, ("grpo.py", "ppo_rlvr.py"): 300}  # raw lines of `diff a b`
@@ -33,7 +34,8 @@ MIN_SHARED = 0.75  # share of the second script's code lines that stand in the f
 
 def sources():
     """{name: text} of the product's Python files."""
-    files = [ROOT / "common.py", ROOT / "rewards.py", *(ROOT / name for name in SCRIPTS), *(ROOT / "kernels").glob("*.py")]
+    plumbing = ("common.py", "rewards.py", "ifeval.py", "pool.py", "sandbox.py")
+    files = [*(ROOT / name for name in plumbing), *(ROOT / name for name in SCRIPTS), *(ROOT / "kernels").glob("*.py")]
     return {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8") for f in files if f.exists()}
 
 
@@ -192,6 +194,8 @@ def banned(files):
     """Nothing that runs what it reads: no pickle, eval, exec, shell, remote code, or torch.load beyond weights."""
     complaints = []
     for name, text in files.items():
+        if name == "sandbox.py":
+            continue  # what it is for
         for node in ast.walk(ast.parse(text)):
             call = ast.unparse(node) if isinstance(node, ast.Call) else ""
             function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

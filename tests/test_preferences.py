@@ -8,17 +8,15 @@ import shutil
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
-from launch import ROOT, metrics, run, start, trace
+from launch import ROOT, call, metrics, run, start, trace
 from test_kernels import relative_error, tiny_config
 from test_sft import assert_same_trajectory
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -244,15 +242,6 @@ def test_wilson_interval():
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def call(module, **flags):
-    """A whole run in this process, which saves the imports."""
-    try:
-        module.main(module.Args(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}))
-    finally:
-        if dist.is_initialized():  # it stopped with an error
-            dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def hh(tmp_path_factory):
     """A real model and 48 real pairs, and the flags of a run of 12 steps on them."""
@@ -310,7 +299,8 @@ def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(hh, reference, tm
     assert_same_trajectory(trace(tmp_path / "run"), trace(out), 1e-5 if script == "dpo.py" else 1e-6)
 
 
-@pytest.mark.parametrize("signals", [(9, 15), pytest.param((9, 9, 9, 15, 9), marks=pytest.mark.slow)])
+@pytest.mark.slow  # the plumbing is sft.py's, whose kills are in CI
+@pytest.mark.parametrize("signals", [(9, 15), (9, 9, 9, 15, 9)])
 @pytest.mark.parametrize("script", ["dpo.py", pytest.param("reward_model.py", marks=pytest.mark.slow)])
 def test_killed_terminated_continued_finished(script, signals, tiny_model, tmp_path, capfd):
     """kill -9 (also inside a save) and SIGTERM: the same command gives bit for bit the same run; then it does nothing."""

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from conftest import write_jsonl
-from launch import metrics
-from test_preferences import call, hh_pairs
+from launch import call, metrics
+from test_preferences import hh_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common

@@ -1,0 +1,417 @@
+"""GRPO: its loss against the equations, and runs: what changes nothing, what is learned, what is refused."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import launch
+import lawless  # noqa: F401 (registers verifiers)
+import numpy as np
+import pytest
+import torch
+from conftest import tokenizer_folder, user, write_jsonl
+from launch import call, children, metrics, run
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import common
+import grpo
+import rewards
+from common import RunError
+from kernels.sampler import Sampler
+
+ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def batch(seed, sizes=((3, 2), (5, 4), (2, 6), (4, 1)), ref=False, old=True):
+    """A packed microbatch with random numbers, in float64. sizes: (prompt, completion) tokens of each sequence."""
+    rng = np.random.default_rng(seed)
+    names = ["behaviour_logprobs", "advantage", "weight"] + ["old_logprobs"] * old + ["ref_logprobs"] * ref
+    sequences = []
+    for prompt, completion in sizes:
+        trained = np.arange(prompt + completion) >= prompt
+        arrays = [np.where(trained, -rng.exponential(1.0, len(trained)), 0) for _ in names]
+        arrays[1] = np.full(len(trained), rng.normal())  # one advantage for all tokens of a completion
+        sequences.append((rng.integers(0, 9, len(trained)), trained, *arrays))
+    microbatch = common.pack(sequences, "cpu", *names)
+    microbatch.extras = {name: values.double() for name, values in microbatch.extras.items()}
+    near = microbatch.extras["behaviour_logprobs"] + torch.from_numpy(rng.normal(0, 0.3, len(microbatch.targets)))
+    trained = microbatch.targets != common.IGNORE
+    microbatch.extras |= dict.fromkeys(names[3:], (near * trained + 0.1) * trained)
+    logprobs = ((near + torch.from_numpy(rng.normal(0, 0.3, len(near)))) * trained).requires_grad_()
+    return microbatch, logprobs
+
+
+def oracle(args, microbatch, logprobs):
+    """Equations (2) and (3) in plain Python, token by token: (sum of weighted losses, its gradient)."""
+    x = {name: values.tolist() for name, values in microbatch.extras.items()}
+    trained = (microbatch.targets != common.IGNORE).tolist()
+    logp = [value.detach().clone().requires_grad_() for value in logprobs]
+    total = 0.0
+    for start, end in zip(microbatch.cu_seqlens.tolist(), microbatch.cu_seqlens.tolist()[1:], strict=False):
+        tokens = [t for t in range(start, end) if trained[t]]
+        old = {t: x["old_logprobs"][t] if "old_logprobs" in x else logp[t].item() for t in tokens}
+        mean = sum(logp[t] - old[t] for t in tokens) / len(tokens)
+        for t in tokens:
+            rho = torch.exp(mean if args.ratio == "sequence" else logp[t] - old[t])
+            a = x["advantage"][t]
+            clipped = min(max(rho.item(), 1 - args.clip_low), 1 + args.clip_high)
+            objective = rho * a if rho.item() * a <= clipped * a else torch.tensor(clipped * a, dtype=torch.float64)
+            w = min(math.exp(old[t] - x["behaviour_logprobs"][t]), args.tis_cap) if args.tis_cap else 1.0
+            loss = -w * objective
+            if "ref_logprobs" in x:
+                difference = x["ref_logprobs"][t] - logp[t]
+                loss = loss + args.kl_beta * (torch.exp(difference) - difference - 1)
+            total = total + loss * x["weight"][t]
+    total.backward()
+    return total.item(), [0.0 if value.grad is None else value.grad.item() for value in logp]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"ratio": "sequence"}, {"tis_cap": 0.0}, {"tis_cap": 0.9}, {"kl_beta": 0.1}, {"clip_low": 0.05, "clip_high": 0.01}],
+    ids=str,
+)
+def test_loss_and_gradient_are_those_of_the_equations(flags, old, seed):
+    args = dataclasses.replace(ARGS, **flags)
+    microbatch, logprobs = batch(seed, ref=bool(args.kl_beta), old=old)
+    losses, _ = grpo.policy_loss(args, logprobs, microbatch)
+    loss = (losses * microbatch.extras["weight"]).sum()
+    loss.backward()
+    expected, gradient = oracle(args, microbatch, logprobs)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-11, atol=1e-14)
+
+
+def test_metrics_of_the_loss():
+    microbatch, logprobs = batch(7)
+    trained = microbatch.targets != common.IGNORE
+    _, values = grpo.policy_loss(ARGS, logprobs, microbatch)
+    ratio = (logprobs - microbatch.extras["old_logprobs"]).exp().detach()
+    a = microbatch.extras["advantage"]
+    bound = ((a > 0) & (ratio > 1.272)) | ((a < 0) & (ratio < 0.8))
+    assert values["clipfrac"].sum() == (bound & trained).sum() > 0
+    assert values["ratio"].sum() == pytest.approx(ratio[trained].sum().item())
+    assert values["approx_kl"][trained].min() >= 0 and values["behaviour_kl"][trained].min() >= 0
+    assert all(not value[~trained].any() for value in values.values())
+
+
+def samples(rewards, lengths, position=0):
+    return [
+        grpo.Sample(
+            position=position, row=0, begun=0, input_ids=np.zeros(n + 2, dtype=np.int64), trained=np.arange(n + 2) >= 2,
+            behaviour_logprobs=np.zeros(n + 2), ended=True, text="", reward=r, verdict=None,
+        )
+        for r, n in zip(rewards, lengths, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalize_std", [False, True])
+def test_advantages(normalize_std):
+    args = dataclasses.replace(ARGS, normalize_std=normalize_std)
+    group = samples([1.0, 0.0, 0.0, 0.5], [1, 1, 1, 1])
+    grpo.set_advantages(args, group)
+    std = np.sqrt(sum((r - 0.375) ** 2 for r in (1, 0, 0, 0.5)) / 3) + 1e-4
+    expected = [(r - 0.375) / (std if normalize_std else 1) for r in (1, 0, 0, 0.5)]
+    assert [sample.advantage for sample in group] == pytest.approx(expected, abs=1e-12)
+    equal = samples([0.7] * 3, [1, 2, 3])
+    grpo.set_advantages(args, equal)
+    assert [sample.advantage for sample in equal] == [0.0] * 3  # exactly
+
+
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    [("token", [1 / 10] * 4), ("sequence", [1 / 4, 1 / 8, 1 / 12, 1 / 16]), ("constant", [1 / 64] * 4)],
+)
+def test_weights(average, expected, monkeypatch):
+    monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(grpo.dist, "get_rank", lambda: 0)
+    args = dataclasses.replace(ARGS, average=average)
+    ((microbatch,),) = grpo.deal_minibatches(args, [samples([0, 1], [1, 2]), samples([0, 1], [3, 4])])
+    weights = {int(sample.trained.sum()): sample.weight for sample in microbatch}
+    assert [weights[n] for n in (1, 2, 3, 4)] == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Flags of a small run: a random model with a vocabulary of digits, asked for small letters."""
+    folder = tmp_path_factory.mktemp("grpo")
+    tokenizer = common.load_tokenizer(tokenizer_folder("byte_level"), "tulu")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"messages": [user(f"{i}?")], "dataset": "small", "ground_truth": "5"} for i in range(40)]
+    write_jsonl(folder / "train.jsonl", rows[:32])
+    write_jsonl(folder / "test.jsonl", rows[32:])
+    return {
+        "model": folder / "model", "data": [str(folder / "train.jsonl")], "max_length": 64, "max_new_tokens": 8, "batch_size": 4,
+        "group_size": 4, "lr": 1e-3, "steps": 6, "epochs": 9, "save_every": 0, "slots": 16, "verifier_workers": 1, "log_samples": 4,
+    }  # fmt: skip
+
+
+LOSSES = ("loss", "grad_norm", "reward", "entropy", "completion_tokens")
+
+
+def trajectory(out, *names):
+    return [[line.get(name) for name in names or LOSSES] for line in metrics(out) if line["step"]]
+
+
+@pytest.fixture(scope="module")
+def reference(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "run"
+    call(grpo, out=out, eval_data=[start["data"][0].replace("train", "test")], eval_samples=2, eval_every=3, **start)
+    return out
+
+
+def test_a_run_writes_what_it_promises(reference):
+    lines = metrics(reference)
+    assert [line["step"] for line in lines] == list(range(7))
+    wanted = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "reward", "reward_std", "zero_std_groups",
+              "completion_tokens", "eos_rate", "entropy", "ratio", "clipfrac", "approx_kl", "behaviour_kl", "unparsed_rate",
+              "timeout_rate", "crash_rate", "staleness", "groups", "rollout_seconds", "tis_capped", "sampled_tokens"}  # fmt: skip
+    assert all(wanted <= set(line) for line in lines[1:])
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 3, 6]
+    assert {"eval_reward_low", "eval_reward_high", "eval_pass_at_1", "eval_pass_at_2"} <= set(lines[0])
+    assert all(line["behaviour_kl"] < 1e-9 and line["ratio"] == 1 for line in lines[1:])  # one precision, one update
+    shown = [json.loads(line) for line in open(reference / "samples.jsonl")]
+    assert len(shown) == 6 * 4 + 3 * 4
+    assert {"prompt", "completion", "reward", "reason", "answer", "row", "step", "ended", "advantage", "held_out"} == set(shown[0])
+    AutoModelForCausalLM.from_pretrained(reference / "model")
+
+
+@pytest.mark.parametrize(
+    "flags", [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 100}, {"slots": 3}, {"activation_checkpointing": True}], ids=str
+)
+def test_how_it_is_computed_changes_nothing(start, reference, tmp_path, flags):
+    call(grpo, out=tmp_path / "run", **start | flags)
+    np.testing.assert_allclose(trajectory(tmp_path / "run"), trajectory(reference), rtol=2e-4, atol=1e-7)
+
+
+def test_several_updates(start, reference, tmp_path):
+    """π_old is kept while the policy moves; the first update of a batch is on-policy, so its mean ratio is near 1."""
+    call(grpo, out=tmp_path / "run", **start | {"minibatches": 2, "passes": 2, "steps": 2})
+    for line in metrics(tmp_path / "run"):
+        assert line["ratio"] != 1 and abs(line["ratio"] - 1) < 0.1
+        assert line["approx_kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"kl_beta": 0.1, "normalize_std": True, "active_sampling": 0},
+        {"ratio": "sequence", "average": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 2},
+        {"average": "constant", "overlong_buffer": 4, "tis_cap": 0.0},
+        {"temperature": 0.7},
+        {"inflight": 4, "max_staleness": 2},
+    ],
+    ids=str,
+)
+def test_flags_train(start, tmp_path, flags):
+    call(grpo, out=tmp_path / "run", **start | {"steps": 3} | flags)
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)
+    assert ("ref_kl" in lines[0]) == ("kl_beta" in flags)
+    if "kl_beta" in flags:
+        assert lines[0]["ref_kl"] < 1e-9 < lines[2]["ref_kl"]  # the reference is the start
+        assert lines[0]["groups"] == 4 >= lines[0]["groups"] * lines[0]["zero_std_groups"]
+    if "inflight" in flags:
+        assert max(line["staleness"] for line in lines) > 0
+
+
+def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path, monkeypatch):
+    """Stopped by an exception behind a checkpoint; and by SIGTERM in the middle of a rollout. The same numbers come out."""
+    out, flags = tmp_path / "run", start | {"save_every": 2}
+    sync = Sampler.sync
+
+    syncs = []
+
+    def breaks(self, policy):
+        syncs.append(1)
+        if len(syncs) == 4:
+            raise KeyboardInterrupt  # at the start of step 4, after the checkpoint of step 2
+        return sync(self, policy)
+
+    monkeypatch.setattr(Sampler, "sync", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        call(grpo, out=out, **flags)
+    monkeypatch.setattr(Sampler, "sync", sync)
+    run, calls = Sampler._run, []
+
+    def terminated(self, temperature):
+        calls.append(1)
+        if len(calls) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(self, temperature)
+
+    monkeypatch.setattr(Sampler, "_run", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        call(grpo, out=out, **flags)
+    assert stopped.value.code == 143 and len(calls) == 12
+    monkeypatch.setattr(Sampler, "_run", run)
+    call(grpo, out=out, **flags)
+    assert trajectory(out) == trajectory(reference)
+    texts = [[json.loads(line)["completion"] for line in open(path / "samples.jsonl") if not json.loads(line)["held_out"]] for path in (out, reference)]
+    assert texts[0] == texts[1]
+
+
+def test_in_flight_runs_continue_bit_for_bit(start, tmp_path, monkeypatch):
+    flags = start | {"save_every": 1, "inflight": 6, "keep": 0, "slots": 8}
+    call(grpo, out=tmp_path / "whole", **flags)
+    finish = grpo.finish_run
+    monkeypatch.setattr(grpo, "finish_run", lambda *_: None)
+    call(grpo, out=tmp_path / "run", **flags | {"steps": 6})
+    monkeypatch.setattr(grpo, "finish_run", finish)
+    import shutil
+
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
+    call(grpo, out=tmp_path / "run", **flags)
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+
+
+def test_ids_trained_are_ids_sampled(start, tmp_path, monkeypatch):
+    """What the sampler returned, and what the loss is computed on, are the same tokens with the same log-probabilities."""
+    sampled, packed = [], []
+    sample, pack = Sampler.sample, common.pack
+
+    def watched(self, *args, **kwargs):
+        done = sample(self, *args, **kwargs)
+        sampled.extend((*c.prompt_ids.tolist(), *c.token_ids.tolist()) for c in done)
+        return done
+
+    def seen(sequences, device, *extras):
+        packed.extend(tuple(ids.tolist()) for ids, *_ in sequences if extras)
+        return pack(sequences, device, *extras)
+
+    monkeypatch.setattr(Sampler, "sample", watched)
+    monkeypatch.setattr(common, "pack", seen)
+    call(grpo, out=tmp_path / "run", **start | {"steps": 2, "active_sampling": 0, "batch_size": 16, "group_size": 32})
+    assert len(sampled) == 2 * 16 * 32
+    assert sorted(packed) == sorted(sampled)
+
+
+def test_rewards_teach(start, tmp_path):
+    """Rewarded for small letters, the reward rises beyond the intervals."""
+    flags = start | {"steps": 15, "batch_size": 8, "group_size": 8, "lr": 5e-3, "eval_data": start["data"], "eval_samples": 4, "eval_every": 100, "epochs": 99}
+    call(grpo, out=tmp_path / "small", **flags)
+    first, *_, last = metrics(tmp_path / "small")
+    assert last["eval_reward_low"] > first["eval_reward_high"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_rewards_teach_nothing(start, tmp_path, seed):
+    """Negative control: trained on a hash of the text, measured by small letters."""
+    rows = [{"messages": [user(f"{i}?")], "dataset": "coin", "ground_truth": "x"} for i in range(32)]
+    flags = start | {"steps": 25, "batch_size": 8, "group_size": 8, "lr": 3e-3, "eval_data": start["data"], "eval_samples": 8, "eval_every": 100, "epochs": 99}
+    call(grpo, out=tmp_path / "coin", **flags | {"data": [write_jsonl(tmp_path / "coin.jsonl", rows)], "seed": seed})
+    first, *_, last = metrics(tmp_path / "coin")
+    assert last["eval_reward_low"] < first["eval_reward_high"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "message"),
+    [
+        ({}, [{"messages": [user("?")], "dataset": "gsm8k", "ground_truth": "five"}], r"row 2: ground_truth of 'gsm8k': no number in 'five'"),
+        ({}, [{"messages": [user("?")], "dataset": "nonsense", "ground_truth": "5"}], r"row 2: no verifier is named 'nonsense'"),
+        ({}, [{"messages": [user("?")], "dataset": "gsm8k"}], r"row 2: no field 'ground_truth'"),
+        ({}, [{"messages": [{"role": "system", "content": "x"}], "dataset": "gsm8k", "ground_truth": "5"}], r"row 2: messages has no question"),
+        ({"group_size": 1}, [], "--group_size >= 2"),
+        ({"max_new_tokens": 64}, [], "--max_new_tokens < --max_length"),
+        ({"max_length": 129}, [], "--max_length 129 is beyond"),
+        ({"max_logprob_gap": 1e-12}, [], "sampled and recomputed log-probabilities differ"),
+        ({}, [{"messages": [user("?")], "dataset": "raises", "ground_truth": "5"}] * 40, "completions could not be judged"),
+    ],
+)  # fmt: skip
+def test_errors_name_their_cause(start, tmp_path, flags, rows, message):
+    good = {"messages": [user("1?")], "dataset": "small", "ground_truth": "5"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [good, *rows])
+    with pytest.raises(RunError, match=message):
+        call(grpo, out=tmp_path / "run", **start | {"data": [data], "batch_size": 32} | flags)
+
+
+def test_no_differing_rewards_is_a_step_without_update(start, tmp_path):
+    """A task that is too hard: nothing is learned, the weights stay, and the metrics say why."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("1?")], "dataset": "exact", "ground_truth": "impossible"}])
+    call(grpo, out=tmp_path / "run", **start | {"data": [data], "steps": 2, "active_sampling": 2})
+    assert [(line["groups"], line["zero_std_groups"], line["loss"]) for line in metrics(tmp_path / "run")] == [(0, 1.0, 0.0)] * 2
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (start["model"], tmp_path / "run" / "model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------- processes of their own
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """(flags of a run that a process of its own can make, its folder)."""
+    folder = tmp_path_factory.mktemp("alone")
+    letters = [{"letter": letter, "let_frequency": 1, "let_relation": "at least"} for letter in "ae,"]
+    truth = {"instruction_id_list": ["keywords:letter_frequency"] * 3, "kwargs": letters}
+    rows = [{"messages": [user(f"{i}?")], "dataset": "ifeval", "ground_truth": truth} for i in range(32)]
+    flags = start | {"data": [write_jsonl(folder / "train.jsonl", rows)], "max_new_tokens": 12, "steps": 8, "save_every": 1}
+    run("grpo.py", out=folder / "run", **flags)
+    return flags, folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_changes_nothing(alone, tmp_path, processes):
+    """Ranks sample, judge and train other shares, and the batch is the same, up to rounding (which grows with the steps)."""
+    flags, reference = alone
+    run("grpo.py", processes, out=tmp_path / "run", **flags)
+    np.testing.assert_allclose(trajectory(tmp_path / "run"), trajectory(reference), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
+    """kill -9 five times, at any moment; with the samples in flight too."""
+    flags, _ = alone
+    flags = flags | {"inflight": 4}
+    run("grpo.py", processes, out=tmp_path / "whole", **flags)
+    rng = np.random.default_rng(processes)
+    for _ in range(5):
+        process = launch.start("grpo.py", processes, out=tmp_path / "run", **flags)
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 4))
+        for pid in [*children(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+    run("grpo.py", processes, out=tmp_path / "run", **flags)
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+
+
+def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start, monkeypatch):
+    """The same completion, after a prompt that ends in <think> and after one that does not."""
+    monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(grpo.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(grpo.dist, "all_gather_object", lambda box, value: box.__setitem__(0, value))
+    tokenizer, judged = common.load_tokenizer(start["model"]), []
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("5?<think>", "5?")]
+    answer = np.array(tokenizer.encode("5 it is", add_special_tokens=False))
+    completions = [SimpleNamespace(prompt=i, step=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False) for i, ids in enumerate(prompts)]
+    rows = SimpleNamespace(sequences=lambda rows: [(prompts[row], None) for row in rows], table=[{"job": '["gsm8k", "5", null]'}] * 2)
+    sampler, pool = SimpleNamespace(sample=lambda *_, **__: completions), SimpleNamespace(score=lambda jobs: judged.extend(jobs) or [rewards.judge(*job[:3]) for job in jobs])
+    found = grpo.sample_and_judge(ARGS, sampler, pool, SimpleNamespace(tokenizer=tokenizer), rows, range(2), int, n=1)
+    assert [job[1] for job in judged] == ["<think>5 it is", "5 it is"]
+    assert [(sample.reward, sample.text) for sample in found] == [(0.0, "5 it is"), (1.0, "5 it is")]
