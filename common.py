@@ -327,9 +327,9 @@ def load_tokenizer(path, chat_template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise RunError(f"--model {path}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from None
+        raise RunError(f"model {path}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
-        raise RunError(f"--model {path}: its tokenizer has no fast implementation, which character offsets need")
+        raise RunError(f"model {path}: its tokenizer has no fast implementation, which character offsets need")
     if chat_template is not None:
         file = next((f for f in (TEMPLATES / f"{chat_template}.jinja", Path(chat_template)) if f.is_file()), None)
         if not file:
@@ -344,7 +344,7 @@ def load_tokenizer(path, chat_template=None):
     if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
-        raise RunError(f"--model {path}: its tokenizer has no chat template; choose one with --chat_template")
+        raise RunError(f"model {path}: its tokenizer has no chat template; choose one with --chat_template")
     return tokenizer
 
 

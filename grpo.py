@@ -9,8 +9,10 @@ a completion is how much better than its group it is, and that of each of its to
 
 with the sums over all sampled tokens of the batch. π_behaviour is the policy as the sampler computed it, in another
 precision or (--inflight) with older weights, and π_old the policy before this batch's first update, recomputed; the
-truncated weight w corrects for their difference. Groups whose rewards are all equal have no advantage: they are left
-out, and others sampled in their place (active sampling).
+truncated weight w corrects for their difference.
+
+Groups whose rewards are all equal have no advantage: they are left out, and others sampled in their place (active
+sampling).
 
 Defaults are OLMo 3's (arXiv 2512.13961), which are GRPO (arXiv 2402.03300) without its division by the group's standard
 deviation (as Dr. GRPO, arXiv 2503.20783) and without its KL term, and with the higher ε_high, token-level mean and
@@ -26,6 +28,7 @@ moment continues exactly where it was when the same command is given again.
 Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vocabulary size, P prompts, G group size.
 """
 
+import contextlib
 import copy
 import dataclasses
 import faulthandler
@@ -105,7 +108,7 @@ class Args:
     tis_cap: float = 2.0
     """C of equation (2); 0 sets w = 1"""
     kl_beta: float = 0.0
-    """weight of KL(π || π_ref) in the loss, estimated by k3; π_ref is --model. 0 needs no reference"""
+    """weight of KL(π || π_ref), in the loss (grpo.py) or in the rewards (ppo_rlvr.py); π_ref is --model"""
     normalize_std: bool = False
     """divide advantages by the standard deviation of the group's rewards"""
     ratio: Literal["token", "sequence"] = "token"
@@ -238,14 +241,14 @@ def load_config(args):
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+        raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
     config.dtype = config.dtype or torch.float32
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_length > limit:
         raise common.RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
     for field in ("logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1):
-            raise common.RunError(f"--model {args.model} transforms its logits ({field}), which is not supported")
+            raise common.RunError(f"model {args.model} transforms its logits ({field}), which is not supported")
     return config
 
 
@@ -254,13 +257,13 @@ def read_weights(args, config, model_class):
     try:
         source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
     except Exception as error:  # transformers and safetensors have many
-        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+        raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
     if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
-        raise common.RunError(f"--model {args.model}: weights do not fit the architecture: {wrong}")
+        raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
     weights = {name: tensor.detach() for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise common.RunError(f"--model {args.model}: {name} holds values that are not finite")
+            raise common.RunError(f"model {args.model}: {name} holds values that are not finite")
     return weights
 
 
@@ -275,7 +278,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
     if not hasattr(model.base_model, "layers"):
-        raise common.RunError(f"--model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
+        raise common.RunError(f"model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
     module = module_class(model)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -512,27 +515,29 @@ def start_logging(args, first_step, num_steps):
 
 @dataclass
 class Sample:
-    """A judged completion. Arrays belong to its tokens, (L,), the prompt's included, where they are 0."""
+    """A judged completion of N tokens, (N,), behind its prompt, together (L,)."""
 
     position: int  # of the prompt in the stream of prompts; its group has the same
     row: int  # of the prompt in the data
     begun: int  # the step in which it was asked for
-    input_ids: np.ndarray
-    trained: np.ndarray
-    behaviour_logprobs: np.ndarray
+    input_ids: np.ndarray  # (L,)
+    trained: np.ndarray  # (L,); true in the completion
+    behaviour_logprobs: np.ndarray  # (N,), as all that follow
     ended: bool
     text: str
     reward: float
     verdict: tuple
     old_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
-    advantage: float = 0.0
+    advantages: float = 0.0  # of all its tokens the same
     weight: float = 0.0  # of each of its tokens in the loss: 1 / Σ 1 in equation (3)
 
     def columns(self, *names):
-        """(input_ids, trained, ...) for common.pack; a number stands for each token."""
-        values = [np.broadcast_to(np.float32(getattr(self, name)), self.trained.shape) for name in names]
-        return self.input_ids, self.trained, *values
+        """(L,) input_ids, trained, and numbers, 0 in the prompt, for common.pack; one number stands for every token."""
+        columns = np.zeros((len(names), len(self.trained)))
+        for column, name in zip(columns, names, strict=True):
+            column[self.trained] = getattr(self, name)
+        return self.input_ids, self.trained, *columns
 
 
 def sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options):
@@ -558,7 +563,6 @@ def sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **optio
     verdicts = pool.score(jobs)
     samples = []
     for c, row, text, verdict in zip(completions, numbers, texts, verdicts, strict=True):
-        zeros = np.zeros(len(c.prompt_ids), dtype=np.float32)  # of the prompt
         over = max(0, len(c.token_ids) - args.max_new_tokens + args.overlong_buffer)
         samples.append(
             Sample(
@@ -566,8 +570,8 @@ def sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **optio
                 row=row,
                 begun=c.step,
                 input_ids=np.concatenate([c.prompt_ids, c.token_ids]),
-                trained=np.concatenate([zeros, np.ones(len(c.token_ids))]).astype(bool),
-                behaviour_logprobs=np.concatenate([zeros, c.logprobs]),
+                trained=np.arange(len(c.prompt_ids) + len(c.token_ids)) >= len(c.prompt_ids),
+                behaviour_logprobs=c.logprobs,
                 ended=c.ended,
                 text=text,
                 reward=verdict.reward - (over / args.overlong_buffer if over else 0.0),
@@ -584,40 +588,50 @@ def grouped(samples):
     return [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.position)]
 
 
-def rollout(args, sampler, pool, chat, rows, cursor, step, signals):
-    """Samples until --batch_size groups have rewards that differ, for --active_sampling rounds.
+def row_at(num_rows, seed, position):
+    """The row at a position of the stream of prompts."""
+    return int(common.stream(num_rows, seed, [position])[0])
+
+
+def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals):
+    """Samples for `missing` prompts from the cursor on; with --inflight for more, until so many of any are answered.
 
     Args:
         cursor: the next position in the stream of prompts.
 
     Returns:
-        groups to train on, all samples, and the cursor behind them; None if a signal has come meanwhile.
+        samples, and the cursor behind their prompts; None if a signal has come meanwhile.
     """
-    rank, world, everything, groups = dist.get_rank(), dist.get_world_size(), [], []
+    rank, world, in_flight = dist.get_rank(), dist.get_world_size(), int(all_sum(len(sampler.groups))[0])
+    positions = range(cursor, cursor + max(0, missing + args.inflight - in_flight))
+    enough = len(range(missing)[rank::world]) if args.inflight else None
+    oldest = min((begun for begun, _ in sampler.groups), default=step)
+    if step - oldest >= args.max_staleness:
+        enough = None  # all of this rank's
+    options = {"n": args.group_size, "temperature": args.temperature, "seed": args.seed, "step": step}
+    options |= {"enough": enough, "stop": lambda: bool(signals)}
     row_of = functools.partial(row_at, len(rows), args.seed)
+    samples = sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options)
+    return None if all_sum(len(signals))[0] else (samples, positions.stop)
+
+
+def rollout(args, sampler, pool, chat, rows, cursor, step, signals):
+    """Samples until --batch_size groups have rewards that differ, for --active_sampling rounds.
+
+    Returns:
+        all samples, and the cursor; the groups to train on. None if a signal has come meanwhile.
+    """
+    everything, groups = [], []
     for _ in range(max(1, args.active_sampling)):
-        missing, in_flight = args.batch_size - len(groups), int(all_sum(len(sampler.groups))[0])
-        positions = range(cursor, cursor + max(0, missing + args.inflight - in_flight))
-        enough = len(range(missing)[rank::world]) if args.inflight else None
-        oldest = min((begun for begun, _ in sampler.groups), default=step)
-        if step - oldest >= args.max_staleness:
-            enough = None  # all of this rank's
-        options = {"n": args.group_size, "temperature": args.temperature, "seed": args.seed, "step": step}
-        options |= {"enough": enough, "stop": lambda: bool(signals)}
-        samples = sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options)
-        if all_sum(len(signals))[0]:
+        sampled = sample_round(args, sampler, pool, chat, rows, cursor, args.batch_size - len(groups), step, signals)
+        if sampled is None:
             return None
-        cursor = positions.stop
+        samples, cursor = sampled
         everything += samples
         groups += [g for g in grouped(samples) if not args.active_sampling or len({s.reward for s in g}) > 1]
         if len(groups) >= args.batch_size:
             break
-    return groups, everything, cursor
-
-
-def row_at(num_rows, seed, position):
-    """The row at a position of the stream of prompts."""
-    return int(common.stream(num_rows, seed, [position])[0])
+    return everything, cursor, groups
 
 
 def set_advantages(args, group):
@@ -627,7 +641,7 @@ def set_advantages(args, group):
     if args.normalize_std:
         advantages /= rewards.std(ddof=1) + 1e-4
     for sample, advantage in zip(group, advantages, strict=True):
-        sample.advantage = advantage
+        sample.advantages = advantage
 
 
 def deal_minibatches(args, groups):
@@ -650,21 +664,51 @@ def deal_minibatches(args, groups):
 
 
 @torch.no_grad()
-def set_logprobs(args, policy, minibatches, name, device):
-    """log π of every token under `policy`, as an attribute of each sample: (L,), 0 where nothing is trained."""
-    for samples in itertools.chain(*minibatches):
-        logprobs, _ = policy(common.pack([sample.columns() for sample in samples], device), args.temperature)  # (T,)
-        by_token = np.roll(logprobs.float().cpu().numpy(), 1)  # position t predicts token t + 1
-        ends = np.cumsum([len(sample.input_ids) for sample in samples])
-        for sample, values in zip(samples, np.split(by_token, ends[:-1]), strict=False):
-            setattr(sample, name, values)
+def set_numbers(args, samples, name, forward, device):
+    """Sets an attribute of every sample to what `forward` says of its tokens, (N,). Ranks share the work.
+
+    Args:
+        forward: microbatch → (T,), where position t is about the token behind it.
+    """
+    lengths, mine, everybody = [len(sample.input_ids) for sample in samples], {}, [None] * dist.get_world_size()
+    for indices in common.deal(lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
+        numbers = forward(common.pack([samples[i].columns() for i in indices], device))  # (T,)
+        by_token = np.roll(numbers.double().cpu().numpy(), 1)
+        ends = np.cumsum([lengths[i] for i in indices])
+        mine |= zip(indices, np.split(by_token, ends[:-1]), strict=False)  # of no indices, pack makes one token
+    dist.all_gather_object(everybody, mine)
+    for i, numbers in itertools.chain(*(ranks.items() for ranks in everybody)):
+        setattr(samples[i], name, numbers[samples[i].trained])
+
+
+def host_copy(module):
+    """This rank's shards of all parameters, in host memory."""
+    shards = [parameter.detach().to_local().to("cpu", copy=True) for parameter in module.parameters()]
+    return [shard.pin_memory() for shard in shards] if torch.cuda.is_available() else shards
+
+
+@contextlib.contextmanager
+def exchanged(module, shards):
+    """Inside, the module computes with other weights, a `host_copy`, and that holds its own. Takes no device memory."""
+
+    def exchange():
+        module.reshard()  # a forward leaves the outermost module's parameters gathered
+        for parameter, other in zip(module.parameters(), shards, strict=True):
+            own = parameter.detach().to_local()
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)
+
+    exchange()
+    yield
+    exchange()
 
 
 def policy_loss(args, logprobs, microbatch):
     """Equations (2) and (3) for T tokens, before the sum.
 
     Args:
-        logprobs: (T,) log π(y_t | x, y_<t), with gradient. microbatch: its extras hold behaviour_logprobs, advantage,
+        logprobs: (T,) log π(y_t | x, y_<t), with gradient. microbatch: its extras hold behaviour_logprobs, advantages,
             with several updates old_logprobs, and with a reference ref_logprobs.
 
     Returns:
@@ -675,7 +719,7 @@ def policy_loss(args, logprobs, microbatch):
     logratio = logprobs - old  # (T,)
     if args.ratio == "sequence":
         logratio = completion_means(logratio, trained, microbatch.cu_seqlens)
-    ratio, advantages = logratio.exp(), extras["advantage"]  # (T,)
+    ratio, advantages = logratio.exp(), extras["advantages"]  # (T,)
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     w = (old - extras["behaviour_logprobs"]).exp()  # (T,)                                                       (2)
     losses = -torch.min(ratio * advantages, clipped * advantages)  # (T,)                                        (3)
@@ -727,7 +771,7 @@ def write_samples(args, step, samples, rows, chat, held_out=False):
         prompt = chat.tokenizer.decode(sample.input_ids[~sample.trained], skip_special_tokens=True)
         line = {"step": step, "row": rows.where(sample.row), "prompt": prompt, "completion": sample.text}
         line |= {"reward": sample.reward, "reason": sample.verdict.reason, "answer": sample.verdict.answer}
-        line |= {"ended": sample.ended, "advantage": sample.advantage, "held_out": held_out}
+        line |= {"ended": sample.ended, "advantage": sample.advantages, "held_out": held_out}
         lines.append(line)
     with open(Path(args.out, "samples.jsonl"), "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -804,7 +848,7 @@ def main(args):
 
     # 3. model
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
-    reference = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh).eval() if args.kl_beta else None
+    reference = host_copy(policy) if args.kl_beta else None
     try:
         eos_ids = {chat.end_of_turn, chat.tokenizer.eos_token_id} - {None}
         sampler = Sampler(config, args.slots, args.max_length, eos_ids, device)
@@ -834,21 +878,22 @@ def main(args):
             if step > first_step and not (args.save_every and step % args.save_every == 0):
                 save_checkpoint(args, policy, optimizer, chat, step, state)
             sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
-        groups, sampled, cursor = rolled
+        sampled, cursor, groups = rolled
         rollout_seconds = time.perf_counter() - started
 
         # groups → advantages → minibatches of microbatches
         for group in groups:
             set_advantages(args, group)
-        minibatches = deal_minibatches(args, groups)
-        updates = minibatches * args.passes if groups else []
-        extras = ["behaviour_logprobs", "advantage", "weight"]
+        samples = list(itertools.chain(*groups))
+        updates = deal_minibatches(args, groups) * args.passes if groups else []
+        extras = ["behaviour_logprobs", "advantages", "weight"]
         if len(updates) > 1:
             extras += ["old_logprobs"]
-            set_logprobs(args, policy, minibatches, "old_logprobs", device)
-        if reference:
+            set_numbers(args, samples, "old_logprobs", lambda batch: policy(batch, args.temperature)[0], device)
+        if updates and reference:
             extras += ["ref_logprobs"]
-            set_logprobs(args, reference, minibatches, "ref_logprobs", device)
+            with exchanged(policy, reference):
+                set_numbers(args, samples, "ref_logprobs", lambda batch: policy(batch, args.temperature)[0], device)
 
         totals = 0.0
         for update, minibatch in enumerate(updates):
@@ -871,7 +916,8 @@ def main(args):
             sums = all_sum(*sums)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
             grad_norm = grad_norm.full_tensor().item()
-            check_finite(args, step, sums[0], grad_norm, rows, sorted({group[0].row for group in groups}))
+            indices = sorted({group[0].row for group in groups})
+            check_finite(args, step, sums[0], grad_norm, rows, indices)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, num_steps)
             optimizer.step()
@@ -883,9 +929,8 @@ def main(args):
         entry = {"step": step, "lr": learning_rate(args, step - 1, num_steps)} | summarise(sampled, groups, step - 1)
         entry |= {"loss": 0.0, "grad_norm": 0.0}
         if updates:  # otherwise no group has rewards that differ: there is nothing to learn from
-            grad_norm, loss, trained_tokens, *totals = totals.tolist()
-            entry |= {"loss": loss / len(updates), "grad_norm": grad_norm / len(updates)}
-            entry |= {name: total / trained_tokens for name, total in zip(list(metrics)[1:], totals, strict=True)}
+            entry |= zip(("grad_norm", "loss"), (totals[:2] / len(updates)).tolist(), strict=True)
+            entry |= zip(list(metrics)[1:], (totals[3:] / totals[2]).tolist(), strict=True)
         tokens = sum(len(sample.input_ids) for sample in sampled)
         entry |= {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
         entry |= {"rollout_seconds": rollout_seconds}
@@ -895,7 +940,8 @@ def main(args):
         log(entry)
         stop = all_sum(len(signals))[0]
         if step < num_steps and (stop or (args.save_every and step % args.save_every == 0)):
-            save_checkpoint(args, policy, optimizer, chat, step, {"cursor": cursor, "sampler": sampler.state_dict()})
+            state = {"cursor": cursor, "sampler": sampler.state_dict()}
+            save_checkpoint(args, policy, optimizer, chat, step, state)
             if stop:
                 sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
 

@@ -197,14 +197,14 @@ def load_config(args):
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+        raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
     config.dtype = config.dtype or torch.float32
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_length > limit:
         raise common.RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
     for field in ("logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1):
-            raise common.RunError(f"--model {args.model} transforms its logits ({field}), which is not supported")
+            raise common.RunError(f"model {args.model} transforms its logits ({field}), which is not supported")
     return config
 
 
@@ -213,13 +213,13 @@ def read_weights(args, config, model_class):
     try:
         source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
     except Exception as error:  # transformers and safetensors have many
-        raise common.RunError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+        raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
     if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
-        raise common.RunError(f"--model {args.model}: weights do not fit the architecture: {wrong}")
+        raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
     weights = {name: tensor.detach() for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise common.RunError(f"--model {args.model}: {name} holds values that are not finite")
+            raise common.RunError(f"model {args.model}: {name} holds values that are not finite")
     return weights
 
 
@@ -234,7 +234,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
     if not hasattr(model.base_model, "layers"):
-        raise common.RunError(f"--model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
+        raise common.RunError(f"model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
     module = module_class(model)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

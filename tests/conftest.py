@@ -12,6 +12,7 @@ import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -38,6 +39,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import common  # noqa: E402
 
 datasets.disable_progress_bars()
+
+# Stands in for torch.distributed where a function of a script is tested outside of a run.
+ALONE = SimpleNamespace(
+    get_rank=lambda: 0, get_world_size=lambda: 1, all_gather_object=lambda box, value: box.__setitem__(0, value)
+)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers

@@ -14,7 +14,7 @@ import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
 import torch
-from conftest import tokenizer_folder, user, write_jsonl
+from conftest import ALONE, tokenizer_folder, user, write_jsonl
 from launch import call, children, metrics, run
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -33,7 +33,7 @@ ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
 def batch(seed, sizes=((3, 2), (5, 4), (2, 6), (4, 1)), ref=False, old=True):
     """A packed microbatch with random numbers, in float64. sizes: (prompt, completion) tokens of each sequence."""
     rng = np.random.default_rng(seed)
-    names = ["behaviour_logprobs", "advantage", "weight"] + ["old_logprobs"] * old + ["ref_logprobs"] * ref
+    names = ["behaviour_logprobs", "advantages", "weight"] + ["old_logprobs"] * old + ["ref_logprobs"] * ref
     sequences = []
     for prompt, completion in sizes:
         trained = np.arange(prompt + completion) >= prompt
@@ -61,7 +61,7 @@ def oracle(args, microbatch, logprobs):
         mean = sum(logp[t] - old[t] for t in tokens) / len(tokens)
         for t in tokens:
             rho = torch.exp(mean if args.ratio == "sequence" else logp[t] - old[t])
-            a = x["advantage"][t]
+            a = x["advantages"][t]
             clipped = min(max(rho.item(), 1 - args.clip_low), 1 + args.clip_high)
             objective = rho * a if rho.item() * a <= clipped * a else torch.tensor(clipped * a, dtype=torch.float64)
             w = min(math.exp(old[t] - x["behaviour_logprobs"][t]), args.tis_cap) if args.tis_cap else 1.0
@@ -97,7 +97,7 @@ def test_metrics_of_the_loss():
     trained = microbatch.targets != common.IGNORE
     _, values = grpo.policy_loss(ARGS, logprobs, microbatch)
     ratio = (logprobs - microbatch.extras["old_logprobs"]).exp().detach()
-    a = microbatch.extras["advantage"]
+    a = microbatch.extras["advantages"]
     bound = ((a > 0) & (ratio > 1.272)) | ((a < 0) & (ratio < 0.8))
     assert values["clipfrac"].sum() == (bound & trained).sum() > 0
     assert values["ratio"].sum() == pytest.approx(ratio[trained].sum().item())
@@ -109,7 +109,7 @@ def samples(rewards, lengths, position=0):
     return [
         grpo.Sample(
             position=position, row=0, begun=0, input_ids=np.zeros(n + 2, dtype=np.int64), trained=np.arange(n + 2) >= 2,
-            behaviour_logprobs=np.zeros(n + 2), ended=True, text="", reward=r, verdict=None,
+            behaviour_logprobs=np.zeros(n), ended=True, text="", reward=r, verdict=None,
         )
         for r, n in zip(rewards, lengths, strict=True)
     ]  # fmt: skip
@@ -122,10 +122,10 @@ def test_advantages(normalize_std):
     grpo.set_advantages(args, group)
     std = np.sqrt(sum((r - 0.375) ** 2 for r in (1, 0, 0, 0.5)) / 3) + 1e-4
     expected = [(r - 0.375) / (std if normalize_std else 1) for r in (1, 0, 0, 0.5)]
-    assert [sample.advantage for sample in group] == pytest.approx(expected, abs=1e-12)
+    assert [sample.advantages for sample in group] == pytest.approx(expected, abs=1e-12)
     equal = samples([0.7] * 3, [1, 2, 3])
     grpo.set_advantages(args, equal)
-    assert [sample.advantage for sample in equal] == [0.0] * 3  # exactly
+    assert [sample.advantages for sample in equal] == [0.0] * 3  # exactly
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,7 @@ def test_advantages(normalize_std):
     [("token", [1 / 10] * 4), ("sequence", [1 / 4, 1 / 8, 1 / 12, 1 / 16]), ("constant", [1 / 64] * 4)],
 )
 def test_weights(average, expected, monkeypatch):
-    monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(grpo.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(grpo, "dist", ALONE)
     args = dataclasses.replace(ARGS, average=average)
     ((microbatch,),) = grpo.deal_minibatches(args, [samples([0, 1], [1, 2]), samples([0, 1], [3, 4])])
     weights = {int(sample.trained.sum()): sample.weight for sample in microbatch}
@@ -403,9 +402,7 @@ def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
 
 def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start, monkeypatch):
     """The same completion, after a prompt that ends in <think> and after one that does not."""
-    monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(grpo.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(grpo.dist, "all_gather_object", lambda box, value: box.__setitem__(0, value))
+    monkeypatch.setattr(grpo, "dist", ALONE)
     tokenizer, judged = common.load_tokenizer(start["model"]), []
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("5?<think>", "5?")]
     answer = np.array(tokenizer.encode("5 it is", add_special_tokens=False))

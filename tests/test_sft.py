@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_pat
         damage(weights, name)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         out = tmp_path / "run"  # the same each time: a start that failed leaves nothing that is in the way
-        with pytest.raises(RunError, match=f"--model {folder}: ") as error:
+        with pytest.raises(RunError, match=f"model {folder}: ") as error:
             call(sft, model=folder, data=[rows], out=out, max_length=64, batch_size=4)
         assert name in str(error.value) or "report" in str(error.value)  # of transformers, for shapes that do not fit
 

@@ -24,11 +24,11 @@ scale_rewards.
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ALONE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -65,9 +65,9 @@ def start(tiny_model, tmp_path_factory):
             reward = 1.0 if group == 2 else float(random.integers(0, 5)) / 4  # group 2 has nothing to learn from
             samples.append(grpo.Sample(group, group, 0, ids, trained, 0 * ids, True, "", reward, None))
     policy = load(folder, weights[1])
-    grpo.set_logprobs(MAIN, policy, [[samples]], "behaviour_logprobs", "cpu")
+    set_logprobs(MAIN, samples, "behaviour_logprobs", policy)
     for s in samples:
-        s.behaviour_logprobs = s.behaviour_logprobs + s.trained * random.normal(0, 0.5, len(s.trained)).astype("f4")
+        s.behaviour_logprobs = s.behaviour_logprobs + random.normal(0, 0.5, s.trained.sum())
     return folder, weights, samples
 
 
@@ -77,23 +77,29 @@ def load(folder, weights):
     return grpo.Policy(model)
 
 
+def set_logprobs(args, samples, name, policy):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "dist", ALONE)
+        grpo.set_numbers(args, samples, name, lambda batch: policy(batch, args.temperature)[0], "cpu")
+
+
 def loss_of_ours(start, args, several, monkeypatch):
     """(loss, {name: gradient}, [tokens clipped below, above, at --tis_cap]) of grpo.py."""
-    monkeypatch.setattr(grpo, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
+    monkeypatch.setattr(grpo, "dist", ALONE)
     folder, (first, old, new), samples = start
     policy, reference = load(folder, old), load(folder, first)
     groups = grpo.grouped(copy.deepcopy(samples))
     for group in groups:
         grpo.set_advantages(args, group)
     minibatches = grpo.deal_minibatches(args, groups)
-    extras = ["behaviour_logprobs", "advantage", "weight"]
+    extras = ["behaviour_logprobs", "advantages", "weight"]
     if several:
         extras += ["old_logprobs"]
-        grpo.set_logprobs(args, policy, minibatches, "old_logprobs", "cpu")
+        set_logprobs(args, sum(groups, []), "old_logprobs", policy)
         policy.model.load_state_dict(new)
     if args.kl_beta:
         extras += ["ref_logprobs"]
-        grpo.set_logprobs(args, reference, minibatches, "ref_logprobs", "cpu")
+        set_logprobs(args, sum(groups, []), "ref_logprobs", reference)
     total, bounded = 0.0, np.zeros(3)
     for chosen in minibatches[0]:
         microbatch = common.pack([sample.columns(*extras) for sample in chosen], "cpu", *extras)
@@ -102,7 +108,7 @@ def loss_of_ours(start, args, several, monkeypatch):
         loss = (losses * microbatch.extras["weight"]).sum()
         loss.backward()
         total += loss.item()
-        clipped, advantage = metrics["clipfrac"], microbatch.extras["advantage"]
+        clipped, advantage = metrics["clipfrac"], microbatch.extras["advantages"]
         bounds = clipped * (advantage < 0), clipped * (advantage > 0), metrics["tis_capped"]
         bounded += [values.sum().item() for values in bounds]
     return total, {name: p.grad for name, p in policy.model.named_parameters()}, bounded
@@ -118,7 +124,7 @@ def loss_of_trl(start, args, several, passes, out, **special):
     def rollout(texts, trainer):
         assert texts == rows["prompt"]
         completions = [[int(i) for i in s.input_ids[s.trained]] for s in samples]
-        logprobs = [s.behaviour_logprobs[s.trained].tolist() for s in samples]
+        logprobs = [s.behaviour_logprobs.tolist() for s in samples]
         return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": logprobs}
 
     def reward(prompts, **_):
