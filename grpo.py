@@ -25,7 +25,8 @@ active sampling of DAPO (arXiv 2503.14476). Tülu 3.1's form: --normalize_std --
 A row is {"messages": ..., "dataset": the verifier's name, "ground_truth": ...}; see rewards.py. A run killed at any
 moment continues exactly where it was when the same command is given again.
 
-Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vocabulary size, P prompts, G group size.
+Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vocabulary size, P prompts, G group size,
+L tokens of a sample, N of them its completion.
 """
 
 import contextlib
@@ -600,7 +601,7 @@ def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals
         cursor: the next position in the stream of prompts.
 
     Returns:
-        samples, and the cursor behind their prompts; None if a signal has come meanwhile.
+        samples, and the cursor behind their prompts. When a signal has come meanwhile, some may be missing.
     """
     rank, world, in_flight = dist.get_rank(), dist.get_world_size(), int(all_sum(len(sampler.groups))[0])
     positions = range(cursor, cursor + max(0, missing + args.inflight - in_flight))
@@ -611,27 +612,7 @@ def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals
     options = {"n": args.group_size, "temperature": args.temperature, "seed": args.seed, "step": step}
     options |= {"enough": enough, "stop": lambda: bool(signals)}
     row_of = functools.partial(row_at, len(rows), args.seed)
-    samples = sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options)
-    return None if all_sum(len(signals))[0] else (samples, positions.stop)
-
-
-def rollout(args, sampler, pool, chat, rows, cursor, step, signals):
-    """Samples until --batch_size groups have rewards that differ, for --active_sampling rounds.
-
-    Returns:
-        all samples, and the cursor; the groups to train on. None if a signal has come meanwhile.
-    """
-    everything, groups = [], []
-    for _ in range(max(1, args.active_sampling)):
-        sampled = sample_round(args, sampler, pool, chat, rows, cursor, args.batch_size - len(groups), step, signals)
-        if sampled is None:
-            return None
-        samples, cursor = sampled
-        everything += samples
-        groups += [g for g in grouped(samples) if not args.active_sampling or len({s.reward for s in g}) > 1]
-        if len(groups) >= args.batch_size:
-            break
-    return everything, cursor, groups
+    return sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options), positions.stop
 
 
 def set_advantages(args, group):
@@ -708,8 +689,7 @@ def policy_loss(args, logprobs, microbatch):
     """Equations (2) and (3) for T tokens, before the sum.
 
     Args:
-        logprobs: (T,) log π(y_t | x, y_<t), with gradient. microbatch: its extras hold behaviour_logprobs, advantages,
-            with several updates old_logprobs, and with a reference ref_logprobs.
+        logprobs: (T,) log π(y_t | x, y_<t), with gradient. microbatch: its extras hold the other numbers.
 
     Returns:
         losses (T,), and {metric: (T,)}; both 0 where nothing is trained.
@@ -825,8 +805,10 @@ def main(args):
     rank, world = dist.get_rank(), dist.get_world_size()
     signals = []  # SIGTERM: save, exit; a rollout is given up, an update finished
     signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
-    if args.group_size < 2 or not 0 < args.max_new_tokens < args.max_length or args.temperature <= 0:
-        raise common.RunError("need --group_size >= 2, 0 < --max_new_tokens < --max_length and --temperature > 0")
+    if args.group_size < 1 or not 0 < args.max_new_tokens < args.max_length or args.temperature <= 0:
+        raise common.RunError("need --group_size >= 1, 0 < --max_new_tokens < --max_length and --temperature > 0")
+    if args.group_size == 1:
+        raise common.RunError("--group_size 1 has nothing to compare: choose 2 or more")
 
     # 2. data
     config = load_config(args)
@@ -873,12 +855,18 @@ def main(args):
         # prompts → completions → rewards → groups
         started, state = time.perf_counter(), {"cursor": cursor, "sampler": sampler.state_dict()}
         sampler.sync(policy)
-        rolled = rollout(args, sampler, pool, chat, rows, cursor, step, signals)
-        if rolled is None:
+        sampled, groups = [], []
+        for _ in range(max(1, args.active_sampling)):  # until a whole batch of groups has rewards that differ
+            missing = args.batch_size - len(groups)
+            samples, cursor = sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals)
+            sampled += samples
+            groups += [g for g in grouped(samples) if not args.active_sampling or len({s.reward for s in g}) > 1]
+            if len(groups) >= args.batch_size or all_sum(len(signals))[0]:
+                break
+        if all_sum(len(signals))[0]:
             if step > first_step and not (args.save_every and step % args.save_every == 0):
                 save_checkpoint(args, policy, optimizer, chat, step, state)
             sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
-        sampled, cursor, groups = rolled
         rollout_seconds = time.perf_counter() - started
 
         # groups → advantages → minibatches of microbatches
@@ -895,6 +883,8 @@ def main(args):
             with exchanged(policy, reference):
                 set_numbers(args, samples, "ref_logprobs", lambda batch: policy(batch, args.temperature)[0], device)
 
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, num_steps)
         totals = 0.0
         for update, minibatch in enumerate(updates):
             # forward, loss, backward
@@ -918,15 +908,13 @@ def main(args):
             grad_norm = grad_norm.full_tensor().item()
             indices = sorted({group[0].row for group in groups})
             check_finite(args, step, sums[0], grad_norm, rows, indices)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step, num_steps)
             optimizer.step()
             optimizer.zero_grad()
             totals += np.array([grad_norm, *sums])
 
         # log, evaluate, save
         step, seconds = step + 1, time.perf_counter() - started
-        entry = {"step": step, "lr": learning_rate(args, step - 1, num_steps)} | summarise(sampled, groups, step - 1)
+        entry = {"step": step, "lr": optimizer.param_groups[0]["lr"]} | summarise(sampled, groups, step - 1)
         entry |= {"loss": 0.0, "grad_norm": 0.0}
         if updates:  # otherwise no group has rewards that differ: there is nothing to learn from
             entry |= zip(("grad_norm", "loss"), (totals[:2] / len(updates)).tolist(), strict=True)

@@ -14,9 +14,8 @@ with the sums over all sampled tokens of the batch. π_behaviour is the policy a
 precision or (--inflight) with older weights, and π_old the policy before this batch's first update, recomputed; the
 truncated weight w corrects for their difference.
 
-V is the value model before the batch's first update, V' in training; behind the last token V is 0. In (3) A is whitened:
-shifted and scaled to mean 0 and variance 1 over the batch. The score is 10 times what the verifiers say, and -10 where
-no end token came.
+V is the value model before the batch's first update (0 behind the last token), V' in training. In (3) A is whitened,
+to mean 0 and variance 1 over the batch. The score is 10 times what the verifiers say, and -10 where no end token came.
 
 Defaults are Tülu 3's (arXiv 2411.15124, section 6): a value model that starts as the reward model, 4 passes over 224
 completions of different prompts. It had no w, which is 1 but for the sampler's precision; --tis_cap 0 leaves it out.
@@ -27,8 +26,8 @@ completions of different prompts. It had no w, which is 1 but for the sampler's 
 A row is {"messages": ..., "dataset": the verifier's name, "ground_truth": ...}; see rewards.py. A run killed at any
 moment continues exactly where it was when the same command is given again.
 
-Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vocabulary size, L tokens of a sample,
-N tokens of a batch's completions.
+Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vocabulary size, P prompts, G group size,
+L tokens of a sample, N of them its completion.
 """
 
 import contextlib
@@ -657,7 +656,7 @@ def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals
         cursor: the next position in the stream of prompts.
 
     Returns:
-        samples, and the cursor behind their prompts; None if a signal has come meanwhile.
+        samples, and the cursor behind their prompts. When a signal has come meanwhile, some may be missing.
     """
     rank, world, in_flight = dist.get_rank(), dist.get_world_size(), int(all_sum(len(sampler.groups))[0])
     positions = range(cursor, cursor + max(0, missing + args.inflight - in_flight))
@@ -668,8 +667,7 @@ def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals
     options = {"n": args.group_size, "temperature": args.temperature, "seed": args.seed, "step": step}
     options |= {"enough": enough, "stop": lambda: bool(signals)}
     row_of = functools.partial(row_at, len(rows), args.seed)
-    samples = sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options)
-    return None if all_sum(len(signals))[0] else (samples, positions.stop)
+    return sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options), positions.stop
 
 
 def load_value_config(args, policy_config, chat):
@@ -682,8 +680,6 @@ def load_value_config(args, policy_config, chat):
         raise common.RunError(f"--reward_model_coef needs a reward model as --value_model; {args.model} is none")
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})
     config.num_labels = 1
-    if config.pad_token_id == chat.end_of_turn:  # transformers scores the last token that is not padding
-        config.pad_token_id = None
     return config
 
 
@@ -699,22 +695,15 @@ def set_rewards(args, sample):
 
 
 def gae(rewards, values, lengths, gamma, gae_lambda):
-    """Equation (1): generalised advantage estimation, for completions of any lengths at once.
+    """Equation (1): advantages of all tokens of P completions, whose rewards and values stand end to end.
 
-    A loop over time from the last token to the first, as CleanRL's, with one environment for each completion.
-
-    Args:
-        rewards, values: (N,) of S completions end to end. lengths: (S,) tokens of each.
-
-    Returns:
-        advantages (N,).
+    A loop over time, from the last token to the first, with the completions side by side as CleanRL's environments are.
     """
-    lengths = np.asarray(lengths)
-    ends, advantages = lengths.cumsum(), np.zeros(len(values))
-    next_value, next_advantage = np.zeros(len(lengths)), np.zeros(len(lengths))  # (S,); 0 behind the last token
+    lengths, advantages = np.array(lengths), np.zeros(len(values))
+    next_value, next_advantage = np.zeros((2, len(lengths)))  # (P,); 0 behind the last token
     for back in range(1, lengths.max() + 1):
-        here = lengths >= back  # (S,) completions that are so long
-        t = ends[here] - back  # their tokens, counted from the last
+        here = lengths >= back  # (P,); completions that are so long
+        t = lengths.cumsum()[here] - back  # their tokens so far from the end
         delta = rewards[t] + gamma * next_value[here] - values[t]
         advantages[t] = delta + gamma * gae_lambda * next_advantage[here]
         next_value[here], next_advantage[here] = values[t], advantages[t]
@@ -801,8 +790,7 @@ def policy_loss(args, logprobs, microbatch):
     """Equations (2) and (3) for T tokens, before the sum.
 
     Args:
-        logprobs: (T,) log π(y_t | x, y_<t), with gradient. microbatch: its extras hold behaviour_logprobs, old_logprobs
-            and advantages.
+        logprobs: (T,) log π(y_t | x, y_<t), with gradient. microbatch: its extras hold the other numbers.
 
     Returns:
         losses (T,), and {metric: (T,)}; both 0 where nothing is trained.
@@ -823,14 +811,7 @@ def policy_loss(args, logprobs, microbatch):
 
 
 def value_loss(args, values, microbatch):
-    """Equation (4) for T tokens, before the sum.
-
-    Args:
-        values: (T,) V', with gradient. microbatch: its extras hold values (V) and returns.
-
-    Returns:
-        losses (T,), and {metric: (T,)}; both 0 where nothing is trained.
-    """
+    """Equation (4) for T tokens, before the sum, as policy_loss. values: (T,) V', with gradient."""
     extras, trained = microbatch.extras, microbatch.targets != common.IGNORE  # (T,)
     old, returns = extras["values"], extras["returns"]  # (T,)
     errors = (values - returns) ** 2  # (T,)
@@ -855,21 +836,16 @@ def summarise(samples, groups, step):
         "sampled_tokens": sum(lengths),
         "staleness": np.mean([step - sample.begun for sample in samples]),
     }
-    return {name: float(value) for name, value in metrics.items()} | rates([sample.verdict for sample in samples])
-
-
-def summarise_values(args, samples):
-    """Metrics of what the batch was worth, what the value model had expected, and how far the policy has moved."""
     rewards, values, returns = (end_to_end(samples, name) for name in ("rewards", "values", "returns"))
-    outcomes = values + gae(rewards, values, [len(sample.values) for sample in samples], args.gamma, 1.0)
-    metrics = {"score": np.mean([sample.score for sample in samples]), "value": values.mean(), "return": returns.mean()}
+    outcomes = values + gae(rewards, values, lengths, 1.0, 1.0)  # the sum of all rewards to come
+    metrics |= {"value": values.mean(), "return": returns.mean(), "score": np.mean([s.score for s in samples])}
     for name, target in (("explained_variance", returns), ("explained_variance_mc", outcomes)):
         metrics[name] = 1 - (target - values).var() / max(target.var(), 1e-8)
     logratio = end_to_end(samples, "old_logprobs") - end_to_end(samples, "ref_logprobs")
     metrics["ref_kl"] = (np.exp(-logratio) - 1 + logratio).mean()  # k3, as in grpo.py
     metrics["kl_spent"] = logratio.sum() / len(samples)  # k1, of whole completions
-    metrics["kl_reward"] = -args.kl_beta * metrics["kl_spent"]
-    return {name: float(value) for name, value in metrics.items()}
+    metrics["kl_reward"] = sum(rewards) / len(samples) - metrics["score"]
+    return {name: float(value) for name, value in metrics.items()} | rates([sample.verdict for sample in samples])
 
 
 def write_samples(args, step, samples, rows, chat, held_out=False):
@@ -980,7 +956,8 @@ def main(args):
     both = ActorCritic({"policy": policy, "value_model": value_model})
 
     # 4. optimizer
-    optimizer, value_optimizer = make_optimizer(args, policy), make_optimizer(value_args, value_model)
+    optimizer = make_optimizer(args, policy)
+    value_optimizer = make_optimizer(value_args, value_model)
 
     # 5. resume
     cursor = 0  # next position in the stream of prompts
@@ -994,19 +971,18 @@ def main(args):
         log({"step": 0} | evaluate(args, policy, sampler, pool, chat, eval_rows, 0))
 
     for step in range(first_step, num_steps):
-        # prompts → completions → rewards
+        # prompts → completions → rewards → groups
         started, state = time.perf_counter(), {"cursor": cursor, "sampler": sampler.state_dict()}
         sampler.sync(policy)
-        rolled = sample_round(args, sampler, pool, chat, rows, cursor, args.batch_size, step, signals)
-        if rolled is None:
+        sampled, cursor = sample_round(args, sampler, pool, chat, rows, cursor, args.batch_size, step, signals)
+        groups = grouped(sampled)
+        if all_sum(len(signals))[0]:
             if step > first_step and not (args.save_every and step % args.save_every == 0):
                 save_checkpoint(args, both, [optimizer, value_optimizer], chat, step, state)
             sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
-        sampled, cursor = rolled
-        groups = grouped(sampled)
         rollout_seconds = time.perf_counter() - started
 
-        # samples → log-probabilities, values → rewards → advantages → minibatches of microbatches
+        # groups → advantages → minibatches of microbatches
         set_numbers(args, sampled, "old_logprobs", lambda batch: policy(batch, args.temperature)[0], device)
         set_numbers(args, sampled, "values", value_model, device)
         with exchanged(policy, reference):
@@ -1020,6 +996,10 @@ def main(args):
         updates = deal_minibatches(args, groups) * args.passes
         extras = ["behaviour_logprobs", "old_logprobs", "advantages", "values", "returns", "weight"]
 
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, num_steps) * (step >= args.value_warmup_steps)
+        for group in value_optimizer.param_groups:
+            group["lr"] = learning_rate(value_args, step, num_steps)
         totals = 0.0
         for update, minibatch in enumerate(updates):
             # forward, loss, backward
@@ -1049,10 +1029,6 @@ def main(args):
             indices = sorted({group[0].row for group in groups})
             check_finite(args, step, sums[0], grad_norm, rows, indices)
             check_finite(args, step, sums[1], value_grad_norm, rows, indices)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step, num_steps) * (step >= args.value_warmup_steps)
-            for group in value_optimizer.param_groups:
-                group["lr"] = learning_rate(value_args, step, num_steps)
             optimizer.step()
             optimizer.zero_grad()
             value_optimizer.step()
@@ -1062,7 +1038,6 @@ def main(args):
         # log, evaluate, save
         step, seconds = step + 1, time.perf_counter() - started
         entry = {"step": step, "lr": optimizer.param_groups[0]["lr"]} | summarise(sampled, groups, step - 1)
-        entry |= summarise_values(args, sampled)
         names = ("grad_norm", "value_grad_norm", "policy_loss", "value_loss")
         entry |= zip(names, (totals[:4] / len(updates)).tolist(), strict=True)
         entry["loss"] = entry["policy_loss"] + args.value_coef * entry["value_loss"]

@@ -17,6 +17,11 @@ MAY_DIFFER = {
     "main": "the algorithm",
     "Policy": "its forward returns what the algorithm's loss is made of",
     "evaluate": "the algorithm's loss and metrics over held-out data",
+    "Sample": "the numbers of its tokens that the algorithm's loss needs",
+    "set_advantages": "of a group, or of a value model",
+    "policy_loss": "GRPO's has variants: sequence-level ratios, a KL term",
+    "summarise": "what a value model expected is logged too",
+    "write_samples": "and written token by token",
 }
 # Flags whose default is the paper's for that algorithm; type and help are the same everywhere.
 PAPER_DEFAULTS = {
@@ -27,7 +32,7 @@ PAPER_DEFAULTS = {
 # Code lines (no blanks, comments, docstrings). A ratchet: lower a number when a file shrinks, and raise none without a
 # reason in docs/design.md.
 MAX_CODE_LINES = {
-    "sft.py": 382, "reward_model.py": 420, "dpo.py": 458, "grpo.py": 643, "common.py": 608, "rewards.py": 291, "ifeval.py": 256, "pool.py": 244, "sandbox.py": 385, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
+    "sft.py": 382, "reward_model.py": 420, "dpo.py": 458, "grpo.py": 663, "ppo_rlvr.py": 748, "common.py": 608, "rewards.py": 291, "ifeval.py": 256, "pool.py": 244, "sandbox.py": 385, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
     "kernels/sampler.py": 299,
 }  # fmt: skip
 MAX_HELPER, MAX_MAIN, MAX_NESTING, MAX_LINE = 40, 170, 3, 120

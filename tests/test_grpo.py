@@ -332,7 +332,7 @@ def test_random_rewards_teach_nothing(start, tmp_path, seed):
         ({}, [{"messages": [user("?")], "dataset": "nonsense", "ground_truth": "5"}], r"row 2: no verifier is named 'nonsense'"),
         ({}, [{"messages": [user("?")], "dataset": "gsm8k"}], r"row 2: no field 'ground_truth'"),
         ({}, [{"messages": [{"role": "system", "content": "x"}], "dataset": "gsm8k", "ground_truth": "5"}], r"row 2: messages has no question"),
-        ({"group_size": 1}, [], "--group_size >= 2"),
+        ({"group_size": 1}, [], "--group_size 1 has nothing to compare"),
         ({"max_new_tokens": 64}, [], "--max_new_tokens < --max_length"),
         ({"max_length": 129}, [], "--max_length 129 is beyond"),
         ({"max_logprob_gap": 1e-12}, [], "sampled and recomputed log-probabilities differ"),
