@@ -1,0 +1,498 @@
+"""PPO: advantages and losses against the equations and CleanRL's loop, and runs: what changes nothing, what is learned."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+
+import launch
+import lawless  # noqa: F401 (registers verifiers)
+import numpy as np
+import pytest
+import torch
+from conftest import ALONE, tokenizer_folder, user, write_jsonl
+from launch import call, children, metrics, run
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+import common
+import grpo
+import ppo_rlvr
+from common import RunError
+from kernels.sampler import Sampler
+from rewards import Verdict
+
+ARGS = ppo_rlvr.Args(model="", data=[], out="", max_new_tokens=16)
+
+
+# ------------------------------------------------------------------------------------------------- rewards, advantages
+
+
+def ragged(seed, most=12, count=9):
+    """(rewards, values, lengths) of completions end to end, in float64."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, most + 1, count)
+    lengths[rng.integers(count)] = 1
+    return rng.normal(0, 3, lengths.sum()), rng.normal(0, 5, lengths.sum()), lengths.tolist()
+
+
+def sum_of_errors(rewards, values, gamma, lam):
+    """Equation (1) literally, for one completion: each advantage a sum over all that follows."""
+    n = len(rewards)
+    after = [*values[1:], 0.0]
+    delta = [rewards[t] + gamma * after[t] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)]
+
+
+def cleanrl(rewards, values, gamma, lam):
+    """The loop of CleanRL's ppo.py for one environment that is done behind the last step."""
+    n, lastgaelam = len(rewards), 0.0
+    advantages, next_value, next_done = [0.0] * n, 123.0, 1.0  # the value behind the end does not count
+    for t in reversed(range(n)):
+        nextnonterminal = 1.0 - next_done if t == n - 1 else 1.0
+        nextvalues = next_value if t == n - 1 else values[t + 1]
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * lam * nextnonterminal * lastgaelam
+    return advantages
+
+
+@pytest.mark.parametrize("reference", [sum_of_errors, cleanrl])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_gae(seed, gamma, lam, reference):
+    rewards, values, lengths = ragged(seed, most=(1, 5, 12, 40, 200)[seed])
+    cuts = np.cumsum(lengths)[:-1]
+    pairs = zip(np.split(rewards, cuts), np.split(values, cuts), strict=True)
+    expected = [a for r, v in pairs for a in reference(r.tolist(), v.tolist(), gamma, lam)]
+    np.testing.assert_allclose(ppo_rlvr.gae(rewards, values, lengths, gamma, lam), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_lambda_1_is_what_came_and_0_is_one_step():
+    rewards, values, lengths = np.array([1.0, 2, 4, 8, 16]), np.array([1.0, 1, 1, 1, 1]), [3, 2]
+    assert ppo_rlvr.gae(rewards, values, lengths, 1.0, 1.0).tolist() == [6, 5, 3, 23, 15]
+    assert ppo_rlvr.gae(rewards, values, lengths, 1.0, 0.0).tolist() == [1, 2, 3, 8, 15]
+
+
+def sample(reward=0.0, ended=True, old=(0.0, 0.0, 0.0), ref=(0.0, 0.0, 0.0), **numbers):
+    """A judged completion of three tokens (or as many as `old`), behind a prompt of two."""
+    n = len(old)
+    made = ppo_rlvr.Sample(
+        position=0, row=0, begun=0, input_ids=np.arange(2 + n), trained=np.arange(2 + n) >= 2, behaviour_logprobs=np.array(old),
+        ended=ended, text="", reward=reward, verdict=Verdict(reward, "right", ""), old_logprobs=np.array(old), ref_logprobs=np.array(ref),
+    )  # fmt: skip
+    for name, values in numbers.items():
+        setattr(made, name, np.array(values))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flags", "made", "score", "rewards"),
+    [
+        ({}, sample(1.0), 10.0, [0, 0, 10]),
+        ({}, sample(0.0), 0.0, [0, 0, 0]),
+        ({}, sample(0.25), 2.5, [0, 0, 2.5]),
+        ({}, sample(1.0, ended=False), -10.0, [0, 0, -10]),
+        ({}, sample(0.0, ended=False), -10.0, [0, 0, -10]),
+        ({"no_eos_score": None}, sample(1.0, ended=False), 10.0, [0, 0, 10]),
+        ({"no_eos_score": 0.0}, sample(1.0, ended=False), 0.0, [0, 0, 0]),
+        ({"reward_scale": 1.0}, sample(1.0), 1.0, [0, 0, 1]),
+        ({"kl_beta": 0.5}, sample(1.0, old=(-1.0, -2, -3), ref=(-2.0, -2, -1)), 10.0, [-0.5, 0, 11]),
+        ({"kl_beta": 0.5}, sample(1.0, False, (-1.0, -2, -3), (-2.0, -2, -1)), -10.0, [-0.5, 0, -9]),
+        ({"kl_beta": 0.0}, sample(1.0, old=(-1.0, -2, -3), ref=(-2.0, -2, -1)), 10.0, [0, 0, 10]),
+        ({"reward_model_coef": 2.0}, sample(1.0, scores=[7.0, 8, 0.5]), 11.0, [0, 0, 11]),
+        ({"reward_model_coef": 2.0}, sample(1.0, False, scores=[7.0, 8, 0.5]), -10.0, [0, 0, -10]),
+        ({}, sample(1.0, old=(-1.0,), ref=(-3.0,)), 10.0, [9.9]),
+    ],
+)
+def test_reward_of_each_token(flags, made, score, rewards):
+    ppo_rlvr.set_rewards(dataclasses.replace(ARGS, **flags), made)
+    assert made.score == score
+    assert made.rewards.tolist() == pytest.approx(rewards, abs=1e-12)
+
+
+def test_advantages_are_whitened_over_the_whole_batch_and_returns_are_not():
+    rewards, values, lengths = ragged(3)
+    cuts = np.cumsum(lengths)[:-1]
+    samples = [
+        sample(old=[0.0] * len(r), ref=[0.0] * len(r), rewards=r, values=v)
+        for r, v in zip(np.split(rewards, cuts), np.split(values, cuts), strict=True)
+    ]
+    ppo_rlvr.set_advantages(ARGS, samples)
+    plain = [a for s in samples for a in cleanrl(s.rewards.tolist(), s.values.tolist(), 1.0, 0.95)]
+    mean = sum(plain) / len(plain)
+    variance = sum((a - mean) ** 2 for a in plain) / len(plain)
+    whitened = np.concatenate([s.advantages for s in samples])
+    np.testing.assert_allclose(whitened, [(a - mean) / math.sqrt(variance + 1e-8) for a in plain], rtol=1e-12)
+    assert abs(whitened.mean()) < 1e-12 and abs(whitened.std() - 1) < 1e-9
+    np.testing.assert_allclose(np.concatenate([s.returns for s in samples]), np.array(plain) + values, rtol=1e-12)
+    assert [len(s.advantages) for s in samples] == lengths
+    constant = [sample(rewards=[0.0, 0, 0], values=[0.0, 0, 0]) for _ in range(2)]
+    ppo_rlvr.set_advantages(ARGS, constant)
+    assert not np.concatenate([s.advantages for s in constant]).any()
+
+
+def test_summary_of_values():
+    """Hand-made: what came is 3, 3 | -10, -10, -10; V has half of it right."""
+    a = sample(1.0, old=(0.0, -1.0), ref=(0.0, -2.0), values=[3.0, 3.0])
+    b = sample(0.0, ended=False, old=(0.0, 0.0, 0.0), ref=(-1.0, 0.0, 0.0), values=[0.0, 0.0, 0.0])
+    for s, rewards, score in ((a, [0.0, 3.0], 4.0), (b, [0.0, 0.0, -10.0], -9.0)):
+        s.rewards, s.score = np.array(rewards), score
+    ppo_rlvr.set_advantages(dataclasses.replace(ARGS, gae_lambda=1.0), [a, b])
+    found = ppo_rlvr.summarise([a, b], [[a], [b]], 0)
+    target, value = np.array([3, 3, -10, -10, -10.0]), np.array([3, 3, 0, 0, 0.0])
+    expected = 1 - np.var(target - value) / np.var(target)
+    assert found["explained_variance"] == found["explained_variance_mc"] == pytest.approx(expected)
+    assert found["return"] == pytest.approx(target.mean()) and found["value"] == pytest.approx(value.mean())
+    assert (found["score"], found["kl_spent"], found["kl_reward"]) == pytest.approx((-2.5, 1.0, -3.5 + 2.5))
+    assert found["ref_kl"] == pytest.approx(2 * (math.exp(-1) - 1 + 1) / 5)
+    assert found["eos_rate"] == 0.5 and found["reward"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- the losses
+
+
+def batch(seed):
+    """A packed microbatch with random numbers in float64, and log-probabilities and values near the old ones."""
+    rng = np.random.default_rng(seed)
+    names = ["behaviour_logprobs", "old_logprobs", "advantages", "values", "returns", "weight"]
+    sequences = []
+    for prompt, completion in ((3, 2), (5, 4), (2, 6), (4, 1)):
+        trained = np.arange(prompt + completion) >= prompt
+        arrays = [np.where(trained, rng.normal(0, 1.0, len(trained)), 0) for _ in names]
+        arrays[1] = (arrays[0] + rng.normal(0, 0.3, len(trained))) * trained
+        sequences.append((rng.integers(0, 9, len(trained)), trained, *arrays))
+    microbatch = common.pack(sequences, "cpu", *names)
+    microbatch.extras = {name: values.double() for name, values in microbatch.extras.items()}
+    microbatch.extras["weight"] = microbatch.extras["weight"].abs()
+    trained = (microbatch.targets != common.IGNORE).double()
+    near = {name: microbatch.extras[name] + torch.from_numpy(rng.normal(0, 0.3, len(trained))) for name in ("old_logprobs", "values")}
+    return microbatch, (near["old_logprobs"] * trained).requires_grad_(), near["values"].requires_grad_()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("flags", [{}, {"tis_cap": 0.0}, {"clip_low": 0.1, "clip_high": 0.3, "tis_cap": 1.1}], ids=str)
+def test_policy_loss_is_equation_3(flags, seed):
+    args = dataclasses.replace(ARGS, **flags)
+    microbatch, logprobs, _ = batch(seed)
+    losses, found = ppo_rlvr.policy_loss(args, logprobs, microbatch)
+    (losses * microbatch.extras["weight"]).sum().backward()
+    x = {name: values.tolist() for name, values in microbatch.extras.items()}
+    bound = 0
+    for t, logprob in enumerate(logprobs.tolist()):
+        if microbatch.targets[t] == common.IGNORE:
+            assert losses[t] == logprobs.grad[t] == 0
+            continue
+        rho, a = math.exp(logprob - x["old_logprobs"][t]), x["advantages"][t]
+        w = min(math.exp(x["old_logprobs"][t] - x["behaviour_logprobs"][t]), args.tis_cap) if args.tis_cap else 1.0
+        clipped = min(max(rho, 1 - args.clip_low), 1 + args.clip_high) * a
+        binds = clipped < rho * a
+        bound += binds
+        assert losses[t].item() == pytest.approx(-w * min(rho * a, clipped), rel=1e-12)
+        assert logprobs.grad[t].item() == pytest.approx(0.0 if binds else -w * rho * a * x["weight"][t], rel=1e-12)
+    assert found["clipfrac"].sum() == bound > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("value_clip", [0.2, 0.05, 0.0])
+def test_value_loss_is_equation_4(value_clip, seed):
+    microbatch, _, values = batch(seed)
+    losses, found = ppo_rlvr.value_loss(dataclasses.replace(ARGS, value_clip=value_clip), values, microbatch)
+    (losses * microbatch.extras["weight"]).sum().backward()
+    bound = 0
+    for t, new in enumerate(values.tolist()):
+        if microbatch.targets[t] == common.IGNORE:
+            assert losses[t] == values.grad[t] == 0
+            continue
+        old, target, weight = (microbatch.extras[name][t].item() for name in ("values", "returns", "weight"))
+        clipped = min(max(new, old - value_clip), old + value_clip) if value_clip else new
+        binds = (clipped - target) ** 2 > (new - target) ** 2
+        bound += binds
+        assert losses[t].item() == pytest.approx(0.5 * max((new - target) ** 2, (clipped - target) ** 2), rel=1e-12)
+        assert values.grad[t].item() == pytest.approx(0.0 if binds else (new - target) * weight, rel=1e-12)
+    assert found["value_clipfrac"].sum() == bound and (bound > 0) == (value_clip > 0)
+
+
+def test_policy_loss_is_that_of_grpo():
+    """Where the two overlap: ratios of tokens, no KL in the loss."""
+    microbatch, logprobs, _ = batch(7)
+    ours, _ = ppo_rlvr.policy_loss(ARGS, logprobs, microbatch)
+    flags = {name: getattr(ARGS, name) for name in ("clip_low", "clip_high", "tis_cap")}
+    theirs, _ = grpo.policy_loss(grpo.Args(model="", data=[], out="", **flags), logprobs, microbatch)
+    assert torch.equal(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Flags of a small run: random models with a vocabulary of digits, asked for small letters."""
+    folder = tmp_path_factory.mktemp("ppo")
+    tokenizer = common.load_tokenizer(tokenizer_folder("byte_level"), "tulu")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    config.num_hidden_layers, config.num_labels, config.pad_token_id = 1, 1, None  # the reward model is a smaller one
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "rm")
+    for name in ("model", "rm"):
+        tokenizer.save_pretrained(folder / name)
+    rows = [{"messages": [user(f"{i}?")], "dataset": "small", "ground_truth": "5"} for i in range(40)]
+    write_jsonl(folder / "train.jsonl", rows[:32])
+    write_jsonl(folder / "test.jsonl", rows[32:])
+    return {
+        "model": folder / "model", "value_model": str(folder / "rm"), "data": [str(folder / "train.jsonl")], "max_length": 64,
+        "max_new_tokens": 8, "batch_size": 12, "lr": 1e-3, "value_lr": 1e-3, "steps": 6, "epochs": 9, "save_every": 0,
+        "slots": 16, "verifier_workers": 1, "log_samples": 4, "minibatches": 2, "passes": 2, "no_eos_score": None, "value_clip": 2.0,
+    }  # fmt: skip
+
+
+COURSE = ("policy_loss", "value_loss", "grad_norm", "value_grad_norm", "reward", "score", "kl_spent", "entropy", "explained_variance", "return")  # fmt: skip
+
+
+def trajectory(out):
+    return [[line[name] for name in COURSE] for line in metrics(out) if line["step"]]
+
+
+@pytest.fixture(scope="module")
+def reference(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "run"
+    call(ppo_rlvr, out=out, eval_data=[start["data"][0].replace("train", "test")], eval_every=3, **start)
+    return out
+
+
+def test_a_run_writes_what_it_promises(start, reference):
+    lines = metrics(reference)
+    assert [line["step"] for line in lines] == list(range(7))
+    wanted = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "reward", "completion_tokens", "eos_rate", "entropy",
+              "ratio", "clipfrac", "approx_kl", "behaviour_kl", "ref_kl", "policy_loss", "value_loss", "explained_variance", "kl_reward",
+              "kl_spent", "score", "value", "return", "value_clipfrac", "value_grad_norm", "explained_variance_mc"}  # fmt: skip
+    assert all(wanted <= set(line) for line in lines[1:])
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 3, 6]
+    assert abs(lines[1]["kl_spent"]) < 1e-6 < lines[6]["ref_kl"]  # the reference is the start
+    for line in lines[1:]:
+        assert line["loss"] == pytest.approx(line["policy_loss"] + 0.1 * line["value_loss"])
+        assert line["kl_reward"] == pytest.approx(-0.05 * line["kl_spent"], abs=1e-9)
+    AutoModelForCausalLM.from_pretrained(reference / "model")
+    value_model = AutoModelForSequenceClassification.from_pretrained(reference / "value_model")
+    before = AutoModelForSequenceClassification.from_pretrained(start["value_model"])
+    assert not torch.equal(value_model.score.weight, before.score.weight)
+    AutoTokenizer.from_pretrained(reference / "value_model")
+
+
+def test_samples_tell_what_was_thought_of_each_token(reference):
+    """Their numbers fit equation (1), and the tokens make up the completion."""
+    shown = [json.loads(line) for line in open(reference / "samples.jsonl")]
+    trained = [line for line in shown if not line["held_out"]]
+    added = AutoTokenizer.from_pretrained(reference / "model").added_tokens_decoder.values()
+    special = [token.content for token in added if token.special]
+    assert len(trained) == 6 * 4 and len(shown) == 6 * 4 + 3 * 4
+    for line in trained:
+        n = len(line["tokens"])
+        assert {len(line[name]) for name in ("values", "advantages", "returns", "rewards", "kls")} == {n}
+        rewards = [-0.05 * kl for kl in line["kls"]]
+        rewards[-1] += 10 * line["reward"]
+        np.testing.assert_allclose(line["rewards"], rewards, atol=2e-4)
+        advantages = cleanrl(line["rewards"], line["values"], 1.0, 0.95)
+        np.testing.assert_allclose(line["returns"], np.add(advantages, line["values"]), atol=2e-3)
+        text = "".join(token for token in line["tokens"] if token not in special)
+        assert text and line["completion"].startswith(text)  # an unfinished character at the end is in no token
+
+
+@pytest.mark.parametrize(
+    "flags", [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 100}, {"slots": 3}, {"activation_checkpointing": True}], ids=str
+)
+def test_how_it_is_computed_changes_nothing(start, reference, tmp_path, flags):
+    call(ppo_rlvr, out=tmp_path / "run", **start | flags)
+    np.testing.assert_allclose(trajectory(tmp_path / "run"), trajectory(reference), rtol=5e-4, atol=1e-5)
+
+
+def test_values_and_scores_are_those_of_transformers(start, tmp_path, monkeypatch):
+    """V before each token, log π of both policies, and the reward model's score, recomputed one sequence at a time."""
+    seen, set_rewards = [], ppo_rlvr.set_rewards
+
+    def watched(args, sample):
+        set_rewards(args, sample)
+        seen.append(sample)
+
+    monkeypatch.setattr(ppo_rlvr, "set_rewards", watched)
+    call(ppo_rlvr, out=tmp_path / "run", **start | {"steps": 2, "reward_model_coef": 0.5})
+    policy = AutoModelForCausalLM.from_pretrained(start["model"], dtype=torch.float64)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(start["value_model"], dtype=torch.float64)
+    with torch.no_grad():
+        for step, sample in enumerate(seen):
+            first, ids = step < 12, torch.from_numpy(sample.input_ids)[None]
+            logprobs = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+            scores = reward_model.score(reward_model.model(ids).last_hidden_state)[0, :, 0].numpy()
+            n = len(sample.values)
+            np.testing.assert_allclose(sample.ref_logprobs, logprobs[-n:], atol=1e-5)  # in the second step too
+            np.testing.assert_allclose(sample.scores, scores[-n:], atol=1e-5)
+            assert np.allclose(sample.old_logprobs, logprobs[-n:], atol=1e-5) == first
+            assert np.allclose(sample.values, scores[-n - 1 : -1], atol=1e-5) == first
+            assert sample.score == pytest.approx(10 * sample.reward + 0.5 * scores[-1], abs=1e-5)
+
+
+def test_a_new_head_and_a_head_of_zeros(start, tmp_path):
+    """Without --value_model it is the policy with a head of its own; with --zero_value_head it expects nothing at first."""
+    call(ppo_rlvr, out=tmp_path / "new", **start | {"value_model": None, "steps": 1})
+    (new,) = metrics(tmp_path / "new")
+    call(ppo_rlvr, out=tmp_path / "zero", **start | {"zero_value_head": True, "steps": 2})
+    zero, later = metrics(tmp_path / "zero")
+    assert new["value"] != 0 == zero["value"] and later["value"] != 0
+    assert zero["reward"] == new["reward"]
+
+
+def test_value_warm_up_leaves_the_policy(start, reference, tmp_path):
+    call(ppo_rlvr, out=tmp_path / "run", **start | {"value_warmup_steps": 2, "weight_decay": 0.1, "steps": 3})
+    first, second, third = metrics(tmp_path / "run")
+    assert (first["lr"], second["lr"]) == (0, 0) and third["lr"] > 0
+    assert first["value"] != second["value"] and abs(third["kl_spent"]) < 1e-6
+    assert first["reward"] == metrics(reference)[1]["reward"]
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (start["model"], tmp_path / "run" / "model"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)  # step 3 has moved it
+    call(ppo_rlvr, out=tmp_path / "still", **start | {"value_warmup_steps": 2, "weight_decay": 0.1, "steps": 2})
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "still" / "model").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"group_size": 3, "average": "sequence", "tis_cap": 0.0}, {"inflight": 4, "max_staleness": 2}, {"kl_beta": 0.0, "gamma": 0.9}], ids=str
+)
+def test_flags_train(start, tmp_path, flags):
+    call(ppo_rlvr, out=tmp_path / "run", **start | {"steps": 3} | flags)
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)
+    assert (max(line["staleness"] for line in lines) > 0) == ("inflight" in flags)
+    assert lines[0]["sampled_tokens"] > 0 and lines[0]["groups"] == 12
+
+
+def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path, monkeypatch):
+    """Stopped by an exception behind a checkpoint; and by SIGTERM in the middle of a rollout. The same numbers come out."""
+    out, flags = tmp_path / "run", start | {"save_every": 2}
+    sync, run_, syncs, calls = Sampler.sync, Sampler._run, [], []
+
+    def breaks(self, policy):
+        syncs.append(1)
+        if len(syncs) == 4:
+            raise KeyboardInterrupt  # at the start of step 4, after the checkpoint of step 2
+        return sync(self, policy)
+
+    monkeypatch.setattr(Sampler, "sync", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        call(ppo_rlvr, out=out, **flags)
+    monkeypatch.setattr(Sampler, "sync", sync)
+
+    def terminated(self, temperature):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_(self, temperature)
+
+    monkeypatch.setattr(Sampler, "_run", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        call(ppo_rlvr, out=out, **flags)
+    assert stopped.value.code == 143
+    monkeypatch.setattr(Sampler, "_run", run_)
+    call(ppo_rlvr, out=out, **flags)
+    assert trajectory(out) == trajectory(reference)
+    for folder, loader in (("model", AutoModelForCausalLM), ("value_model", AutoModelForSequenceClassification)):
+        ours, theirs = (loader.from_pretrained(path / folder).state_dict() for path in (out, reference))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    texts = [[json.loads(line)["values"] for line in open(path / "samples.jsonl") if "values" in line] for path in (out, reference)]
+    assert texts[0] == texts[1]
+
+
+TEACHING = {"batch_size": 64, "minibatches": 4, "passes": 4, "steps": 15, "lr": 5e-3, "value_lr": 5e-3, "eval_samples": 4, "eval_every": 100,
+            "epochs": 99, "value_clip": 0.0}  # fmt: skip
+
+
+def test_rewards_teach(start, tmp_path):
+    """Rewarded for small letters, the reward rises beyond the intervals, and the value model knows what to expect."""
+    call(ppo_rlvr, out=tmp_path / "small", **start | TEACHING | {"eval_data": start["data"]})
+    first, *_, last = metrics(tmp_path / "small")
+    assert last["eval_reward_low"] > first["eval_reward_high"]
+    assert abs(last["value"] - last["return"]) < 0.2 * abs(last["return"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_rewards_teach_nothing(start, tmp_path, seed):
+    """Negative control: trained on a hash of the text, measured by small letters."""
+    rows = [{"messages": [user(f"{i}?")], "dataset": "coin", "ground_truth": "x"} for i in range(32)]
+    flags = start | TEACHING | {"eval_data": start["data"], "eval_samples": 8, "data": [write_jsonl(tmp_path / "coin.jsonl", rows)]}
+    call(ppo_rlvr, out=tmp_path / "coin", **flags | {"seed": seed})
+    first, *_, last = metrics(tmp_path / "coin")
+    assert last["eval_reward_low"] < first["eval_reward_high"]
+
+
+def test_errors_name_their_cause(start, tmp_path):
+    other = tmp_path / "other"
+    tokenizer = common.load_tokenizer(tokenizer_folder("unigram"), "tulu")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    for flags, message in (
+        ({"value_model": str(other)}, f"--value_model {other} has another vocabulary than --model"),
+        ({"value_model": str(tmp_path)}, f"model {tmp_path}: "),
+        ({"value_model": None, "reward_model_coef": 1.0}, "--reward_model_coef needs a reward model as --value_model"),
+        ({"group_size": 0}, "--group_size >= 1"),
+        ({"max_logprob_gap": 1e-12}, "sampled and recomputed log-probabilities differ"),
+    ):
+        with pytest.raises(RunError, match=message):
+            call(ppo_rlvr, out=tmp_path / "run", **start | flags)
+
+
+def test_a_value_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_rlvr, "value_loss", lambda args, values, batch: (values * math.nan, {}))
+    with pytest.raises(RunError, match="step 1: loss nan, gradient norm nan; stopped before the update"):
+        call(ppo_rlvr, out=tmp_path / "run", **start)
+
+
+# ------------------------------------------------------------------------------------------- processes of their own
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """(flags of a run that a process of its own can make, its folder)."""
+    folder = tmp_path_factory.mktemp("alone")
+    letters = [{"letter": letter, "let_frequency": 1, "let_relation": "at least"} for letter in "ae,"]
+    truth = {"instruction_id_list": ["keywords:letter_frequency"] * 3, "kwargs": letters}
+    rows = [{"messages": [user(f"{i}?")], "dataset": "ifeval", "ground_truth": truth} for i in range(32)]
+    flags = start | {"data": [write_jsonl(folder / "train.jsonl", rows)], "max_new_tokens": 12, "steps": 8, "save_every": 1, "reward_model_coef": 0.1}
+    run("ppo_rlvr.py", out=folder / "run", **flags)
+    return flags, folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_changes_nothing(alone, tmp_path, processes):
+    """Ranks sample, judge, value and train other shares, and the batch is the same, up to rounding (which grows with the steps)."""
+    flags, reference = alone
+    run("ppo_rlvr.py", processes, out=tmp_path / "run", **flags)
+    np.testing.assert_allclose(trajectory(tmp_path / "run"), trajectory(reference), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
+    """kill -9 five times, at any moment; with the samples in flight too."""
+    flags, _ = alone
+    flags = flags | {"inflight": 4}
+    run("ppo_rlvr.py", processes, out=tmp_path / "whole", **flags)
+    rng = np.random.default_rng(processes)
+    for _ in range(5):
+        process = launch.start("ppo_rlvr.py", processes, out=tmp_path / "run", **flags)
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 4))
+        for pid in [*children(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+    run("ppo_rlvr.py", processes, out=tmp_path / "run", **flags)
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
