@@ -13,7 +13,7 @@ import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, tokenizer_folder, user, write_jsonl
+from conftest import tokenizer_folder, user, write_jsonl
 from launch import call, children, metrics, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
@@ -43,7 +43,7 @@ def sum_of_errors(rewards, values, gamma, lam):
     n = len(rewards)
     after = [*values[1:], 0.0]
     delta = [rewards[t] + gamma * after[t] - values[t] for t in range(n)]
-    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)]
+    return [sum((gamma * lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)]
 
 
 def cleanrl(rewards, values, gamma, lam):

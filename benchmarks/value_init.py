@@ -1,0 +1,107 @@
+"""Where should a value model start from? PPO on the demo's additions with three answers, several seeds.
+
+    python benchmarks/value_init.py --out runs/value_init
+
+    reward model    what reward_model.py has made of the policy's own right and wrong answers, with its head (Tülu 3)
+    … zero head     the same with a head of zeros (--zero_value_head)
+    policy          the policy itself with a head of zeros
+
+The settings are the demo's: in the first 8 steps the policy stands still and only the value model learns. Writes
+benchmarks/results/value_init.json and docs/images/value_init.png. A run that is finished is not made again.
+"""
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+import run as demo  # noqa: E402  (sets the number of threads, so it is first)
+
+import evaluate  # noqa: E402
+import pairs  # noqa: E402
+import plot  # noqa: E402
+import prepare  # noqa: E402
+
+KINDS = {
+    "reward model": {},
+    "reward model, zero head": {"zero_value_head": True},
+    "policy, zero head": {"zero_value_head": True, "value_model": "{out}/sft/model"},
+}
+CURVES = ("explained_variance", "explained_variance_mc", "reward", "value_loss")
+COLOURS = (plot.DARK, plot.LIGHT, plot.RED)
+
+
+def folder(kind):
+    return "ppo_" + kind.replace(", ", "_").replace(" ", "_")
+
+
+def train(out, seed):
+    """The stages that PPO needs, and PPO with each kind of value model."""
+    if not Path(out, "rm", "model").exists():
+        prepare.prepare(out, seed)
+        demo.sft(out, seed)
+        pairs.write_pairs(f"{out}/sft/model", out, seed=seed)
+        demo.reward_model(out, seed)
+    for kind, flags in KINDS.items():
+        flags = {name: value.format(out=out) if isinstance(value, str) else value for name, value in flags.items()}
+        demo.ppo(out, seed, name=folder(kind), **flags)
+
+
+def collect(out, kind):
+    """Curves and accuracy of a run."""
+    run = Path(out, folder(kind))
+    rows = [row for row in plot.read(run) if row["step"]]
+    accuracy = evaluate.evaluate(f"{run}/model")
+    result = {name: [round(row[name], 4) for row in rows] for name in CURVES}
+    result["eval_reward"] = [(row["step"], round(row["eval_reward"], 4)) for row in plot.read(run) if "eval_reward" in row]
+    return result | {name: accuracy[name] for name in ("sampled", "greedy")}
+
+
+def draw(results, path):
+    """Explained variance and reward over the steps: a thin line for each seed, a thick one for their mean."""
+    figure, axes = plot.plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    titles = {"explained_variance_mc": "explained variance of what came", "reward": "share of right answers, sampled"}
+    for (name, title), ax in zip(titles.items(), axes, strict=True):
+        for (kind, seeds), colour in zip(results.items(), COLOURS, strict=True):
+            curves = [plot.smooth(result[name], 2) for result in seeds.values()]
+            steps = range(1, len(curves[0]) + 1)
+            for curve in curves:
+                ax.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.5)
+            ax.plot(steps, [sum(x) / len(x) for x in zip(*curves, strict=True)], color=colour, linewidth=2.2, label=kind)
+        ax.axvline(8.5, color="0.6", linewidth=1, linestyle="--")
+        ax.set_title(title, loc="left")
+        ax.set_xlabel("step (up to the dashed line only the value model learns)")
+    axes[0].set_ylim(-0.3, 0.6)
+    axes[1].set_ylim(0.3, 1.0)
+    axes[0].legend(frameon=False, loc="upper left", title="value model starts as")
+    plot.save(figure, path)
+
+
+def main(out, seeds):
+    results = {kind: {} for kind in KINDS}
+    for seed in seeds:
+        train(f"{out}/{seed}", seed)
+        for kind in KINDS:
+            results[kind][seed] = collect(f"{out}/{seed}", kind)
+    config = json.loads(Path(out, str(seeds[0]), folder("reward model"), "config.json").read_text())
+    about = {"date": date.today().isoformat(), "commit": config["commit"], "versions": config["versions"]}
+    path = ROOT / "benchmarks" / "results" / "value_init.json"
+    path.write_text(json.dumps(about | {"seeds": seeds, "results": results}) + "\n")
+    draw(results, ROOT / "docs" / "images" / "value_init.png")
+    for kind, by_seed in results.items():
+        for seed, result in by_seed.items():
+            still, last = (sum(result["explained_variance_mc"][part]) for part in (slice(5, 8), slice(-8, None)))
+            print(f"{kind:26} seed {seed}: explained {still / 3:6.3f} after 8 steps, {last / 8:6.3f} at the end; "
+                  f"sampled {evaluate.interval(result['sampled'])}, greedy {evaluate.interval(result['greedy'])}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/value_init", help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    args = parser.parse_args()
+    main(args.out, args.seeds)
