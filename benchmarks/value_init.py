@@ -54,10 +54,10 @@ def train(out, seed):
 def collect(out, kind):
     """Curves and accuracy of a run."""
     run = Path(out, folder(kind))
-    rows = [row for row in plot.read(run) if row["step"]]
+    rows = plot.read(run)
     accuracy = evaluate.evaluate(f"{run}/model")
-    result = {name: [round(row[name], 4) for row in rows] for name in CURVES}
-    result["eval_reward"] = [(row["step"], round(row["eval_reward"], 4)) for row in plot.read(run) if "eval_reward" in row]
+    result = {name: [round(row[name], 4) for row in rows if row["step"]] for name in CURVES}
+    result["eval_reward"] = [(row["step"], round(row["eval_reward"], 4)) for row in rows if "eval_reward" in row]
     return result | {name: accuracy[name] for name in ("sampled", "greedy")}
 
 
@@ -71,7 +71,8 @@ def draw(results, path):
             steps = range(1, len(curves[0]) + 1)
             for curve in curves:
                 ax.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.5)
-            ax.plot(steps, [sum(x) / len(x) for x in zip(*curves, strict=True)], color=colour, linewidth=2.2, label=kind)
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            ax.plot(steps, mean, color=colour, linewidth=2.2, label=kind)
         ax.axvline(8.5, color="0.6", linewidth=1, linestyle="--")
         ax.set_title(title, loc="left")
         ax.set_xlabel("step (up to the dashed line only the value model learns)")
@@ -95,8 +96,8 @@ def main(out, seeds):
     for kind, by_seed in results.items():
         for seed, result in by_seed.items():
             still, last = (sum(result["explained_variance_mc"][part]) for part in (slice(5, 8), slice(-8, None)))
-            print(f"{kind:26} seed {seed}: explained {still / 3:6.3f} after 8 steps, {last / 8:6.3f} at the end; "
-                  f"sampled {evaluate.interval(result['sampled'])}, greedy {evaluate.interval(result['greedy'])}")  # fmt: skip
+            print(f"{kind}, seed {seed}: explained {still / 3:.3f} after 8 steps, {last / 8:.3f} at the end")
+            print(f"    sampled {evaluate.interval(result['sampled'])}, greedy {evaluate.interval(result['greedy'])}")
 
 
 if __name__ == "__main__":
