@@ -869,7 +869,7 @@ def main(args):
             sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
         rollout_seconds = time.perf_counter() - started
 
-        # groups → advantages → minibatches of microbatches
+        # what the loss needs to know of each token → minibatches of microbatches
         for group in groups:
             set_advantages(args, group)
         samples = list(itertools.chain(*groups))

@@ -1,8 +1,8 @@
 """Proximal policy optimisation with verifiable rewards: sample, judge, and ask a value model which tokens helped.
 
-The policy samples completions, and verifiers judge them. Every token costs β for moving away from the reference, and
-the last one brings the score of the whole. V_t is what the value model expects before token t, and the advantage how
-much better it went on than that (generalised advantage estimation, arXiv 1506.02438):
+The policy samples completions, and verifiers judge them. Each token pays β for its drift from π_ref, the policy before
+training, and the last one also earns the score of the completion. V_t is the return that the value model expects before
+token t, and A_t how much better than that it went on (generalised advantage estimation, arXiv 1506.02438):
 
     r_t = -β log(π_old / π_ref)(y_t | x, y_<t)  [+ score at the last token]
     A_t = Σ_l (γλ)^l (r_{t+l} + γ V_{t+l+1} - V_{t+l})              R_t = A_t + V_t                              (1)
@@ -14,11 +14,11 @@ with the sums over all sampled tokens of the batch. π_behaviour is the policy a
 precision or (--inflight) with older weights, and π_old the policy before this batch's first update, recomputed; the
 truncated weight w corrects for their difference.
 
-V is the value model before the batch's first update (0 behind the last token), V' in training. In (3) A is whitened,
-to mean 0 and variance 1 over the batch. The score is 10 times what the verifiers say, and -10 where no end token came.
+V is the value model before the batch's first update, 0 after the last token; V' is the one in training. In (3) A is
+whitened to mean 0 and variance 1 over the batch. The score is 10 times the verifiers' reward, -10 without an end token.
 
-Defaults are Tülu 3's (arXiv 2411.15124, section 6): a value model that starts as the reward model, 4 passes over 224
-completions of different prompts. It had no w, which is 1 but for the sampler's precision; --tis_cap 0 leaves it out.
+Defaults are Tülu 3's (arXiv 2411.15124, section 6): 4 passes over 224 completions of different prompts. There the value
+model starts as the reward model: pass it as --value_model. There is no w there (it is about 1): --tis_cap 0 to match.
 
     python ppo_rlvr.py --model DIR --value_model DIR --data rows.jsonl --out runs/ppo         one process, CPU or GPU
     torchrun --nproc_per_node 8 ppo_rlvr.py --model runs/dpo/model --value_model runs/rm/model --data train.jsonl ...
@@ -120,19 +120,19 @@ class Args:
     gae_lambda: float = 0.95
     """λ of equation (1)"""
     reward_scale: float = 10.0
-    """the score of a completion is its reward by the verifiers times this"""
+    """the score of a completion is this times its reward by the verifiers"""
     no_eos_score: float | None = -10.0
-    """the score of a completion without end token, whatever the verifiers say; None: no exception"""
+    """score of a completion without end token, in place of all else; None: scored like the others"""
     reward_model_coef: float = 0.0
-    """add this times the score by --value_model as it was at the start, which has to be a reward model"""
+    """add this times the reward model's score; the reward model is --value_model as it was before training"""
     value_clip: float = 0.2
     """ε_V of equation (4); 0 does not clip"""
     value_coef: float = 0.1
-    """factor of L_V; AdamW evens it out, but for --max_grad_norm, which is applied to both models on their own"""
+    """factor of L_V. AdamW undoes it, except where --max_grad_norm clips (which it does to each model on its own)"""
     value_lr: float = 3e-7
     """peak learning rate of the value model, with the same schedule"""
     value_warmup_steps: int = 0
-    """steps in which the value model learns and the policy does not"""
+    """first steps, in which only the value model learns"""
     average: Literal["token", "sequence", "constant"] = "token"
     """divide the sum over tokens by their number; by each completion's length, and the number of completions (GRPO); or
     by --max_new_tokens and the number of completions (Dr. GRPO)"""
@@ -213,7 +213,7 @@ class Policy(torch.nn.Module):
 
 
 class ValueModel(torch.nn.Module):
-    """A language model that maps a packed microbatch to the value of each position, before the token behind it."""
+    """A language model that maps a packed microbatch to V before each target: position t holds that of token t + 1."""
 
     def __init__(self, model):
         super().__init__()
@@ -221,11 +221,11 @@ class ValueModel(torch.nn.Module):
 
     def forward(self, microbatch):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
-        return hidden.float() @ self.model.score.weight[0].float()  # (T,) float32, also where H is bf16
+        return hidden.float() @ self.model.score.weight[0].float()  # (T, H) @ (H,) → (T,), in float32 also after bf16
 
 
 class ActorCritic(torch.nn.ModuleDict):
-    """Both models as one, for checkpoints; the policy is what is exported."""
+    """Both models in one module, for save_checkpoint, which exports its `.model`: the policy."""
 
     model = property(lambda self: self["policy"].model)
 
@@ -582,8 +582,10 @@ class Sample:
     old_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
     values: np.ndarray | None = None
-    scores: np.ndarray | None = None  # by the reward model, if it is asked; the last is that of the completion
-    rewards: np.ndarray | None = None
+    rm_scores: np.ndarray | None = None  # by the reward model, if any; the last one is that of the completion
+    score: float = 0.0  # what the last token earns, by `reward` and the flags
+    kls: np.ndarray | None = None  # log(π_old / π_ref)
+    rewards: np.ndarray | None = None  # r_t
     returns: np.ndarray | None = None
     advantages: np.ndarray | None = None
     weight: float = 0.0  # of each of its tokens in the loss: 1 / Σ 1 in equation (3)
@@ -670,60 +672,59 @@ def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals
     return sample_and_judge(args, sampler, pool, chat, rows, positions, row_of, **options), positions.stop
 
 
-def load_value_config(args, policy_config, chat):
-    """The value model's configuration. Raises RunError if it reads other tokens than the policy."""
-    config = load_config(args)
-    vocabulary = common.load_tokenizer(args.model, "chatml").get_vocab()  # its own template plays no part
+def load_value_config(value_args, policy_config, chat):
+    """The value model's configuration; value_args.model is its folder. Raises RunError if its vocabulary differs."""
+    config = load_config(value_args)
+    vocabulary = common.load_tokenizer(
+        value_args.model, "chatml"
+    ).get_vocab()  # any template: without one it would refuse
     if config.vocab_size != policy_config.vocab_size or vocabulary != chat.tokenizer.get_vocab():
-        raise common.RunError(f"--value_model {args.model} has another vocabulary than --model")
-    if args.reward_model_coef and "ForSequenceClassification" not in str(config.architectures):
-        raise common.RunError(f"--reward_model_coef needs a reward model as --value_model; {args.model} is none")
-    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})
+        raise common.RunError(f"--value_model {value_args.model} has another vocabulary than --model")
+    if value_args.reward_model_coef and "ForSequenceClassification" not in str(config.architectures):
+        raise common.RunError(f"--reward_model_coef needs a reward model as --value_model; {value_args.model} is none")
+    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off, as in the policy
     config.num_labels = 1
     return config
 
 
 def set_rewards(args, sample):
-    """The reward of each token: what it costs to move away from the reference, and at the last token the score."""
+    """The reward of each token: what its drift from the reference costs, and at the last token the score."""
     sample.score = args.reward_scale * sample.reward
     if args.reward_model_coef:
-        sample.score += args.reward_model_coef * sample.scores[-1]
+        sample.score += args.reward_model_coef * sample.rm_scores[-1]
     if not sample.ended and args.no_eos_score is not None:
         sample.score = args.no_eos_score
-    sample.rewards = -args.kl_beta * (sample.old_logprobs - sample.ref_logprobs)  # (N,); k1
+    sample.kls = sample.old_logprobs - sample.ref_logprobs  # (N,); k1: its mean over samples of π_old is the KL
+    sample.rewards = -args.kl_beta * sample.kls
     sample.rewards[-1] += sample.score
 
 
 def gae(rewards, values, lengths, gamma, gae_lambda):
-    """Equation (1): advantages of all tokens of P completions, whose rewards and values stand end to end.
-
-    A loop over time, from the last token to the first, with the completions side by side as CleanRL's environments are.
-    """
-    lengths, advantages = np.array(lengths), np.zeros(len(values))
-    next_value, next_advantage = np.zeros((2, len(lengths)))  # (P,); 0 behind the last token
+    """Equation (1) by CleanRL's loop, for completions end to end: (tokens,), (tokens,), (completions,) → (tokens,)."""
+    lengths, advantages = np.array(lengths), np.zeros(len(rewards))
+    ends, next_value, next_advantage = lengths.cumsum(), *np.zeros((2, len(lengths)))  # 0 after the last token
     for back in range(1, lengths.max() + 1):
-        here = lengths >= back  # (P,); completions that are so long
-        t = lengths.cumsum()[here] - back  # their tokens so far from the end
-        delta = rewards[t] + gamma * next_value[here] - values[t]
-        advantages[t] = delta + gamma * gae_lambda * next_advantage[here]
-        next_value[here], next_advantage[here] = values[t], advantages[t]
+        on = lengths >= back  # the completions that have a token so far back
+        t = ends[on] - back  # the places of these tokens
+        delta = rewards[t] + gamma * next_value[on] - values[t]
+        advantages[t] = delta + gamma * gae_lambda * next_advantage[on]
+        next_value[on], next_advantage[on] = values[t], advantages[t]
     return advantages
 
 
-def end_to_end(samples, name):
-    """Numbers of the tokens of all completions."""
+def all_tokens(samples, name):
+    """An (N,) attribute of every sample, concatenated."""
     return np.concatenate([getattr(sample, name) for sample in samples])
 
 
 def set_advantages(args, samples):
-    """Equation (1): the returns of all tokens, and their advantages, whitened over the whole batch."""
-    rewards, values = end_to_end(samples, "rewards"), end_to_end(samples, "values")
-    lengths = [len(sample.values) for sample in samples]
-    advantages = gae(rewards, values, lengths, args.gamma, args.gae_lambda)  #                                   (1)
-    returns, ends = advantages + values, np.cumsum(lengths)[:-1]
-    advantages = (advantages - advantages.mean()) / np.sqrt(advantages.var() + 1e-8)
-    for sample, *numbers in zip(samples, np.split(advantages, ends), np.split(returns, ends), strict=True):
-        sample.advantages, sample.returns = numbers
+    """Equation (1), then whitens the advantages, but not the returns, over all tokens of the batch."""
+    lengths, values = [len(sample.values) for sample in samples], all_tokens(samples, "values")
+    advantages = gae(all_tokens(samples, "rewards"), values, lengths, args.gamma, args.gae_lambda)  #            (1)
+    whitened = (advantages - advantages.mean()) / np.sqrt(advantages.var() + 1e-8)
+    for name, numbers in (("advantages", whitened), ("returns", advantages + values)):
+        for sample, own in zip(samples, np.split(numbers, np.cumsum(lengths)[:-1]), strict=True):
+            setattr(sample, name, own)
 
 
 def deal_minibatches(args, groups):
@@ -816,8 +817,8 @@ def value_loss(args, values, microbatch):
     old, returns = extras["values"], extras["returns"]  # (T,)
     errors = (values - returns) ** 2  # (T,)
     clipped = values.clamp(old - args.value_clip, old + args.value_clip) if args.value_clip else values
-    clipped_errors = (clipped - returns) ** 2  # (T,)
-    losses = 0.5 * torch.max(errors, clipped_errors)  # (T,)                                                     (4)
+    clipped_errors = (clipped - returns) ** 2  # (T,); flat where V' has left V by more than ε_V
+    losses = 0.5 * torch.max(errors, clipped_errors)  # (T,); the worse: no gain from going further              (4)
     return losses * trained, {"value_clipfrac": ((clipped_errors > errors) * trained).detach()}
 
 
@@ -836,15 +837,14 @@ def summarise(samples, groups, step):
         "sampled_tokens": sum(lengths),
         "staleness": np.mean([step - sample.begun for sample in samples]),
     }
-    rewards, values, returns = (end_to_end(samples, name) for name in ("rewards", "values", "returns"))
-    outcomes = values + gae(rewards, values, lengths, 1.0, 1.0)  # the sum of all rewards to come
+    values, returns, kls = (all_tokens(samples, name) for name in ("values", "returns", "kls"))
+    outcomes = np.concatenate([s.rewards[::-1].cumsum()[::-1] for s in samples])  # R_t if λ = γ = 1: without V
     metrics |= {"value": values.mean(), "return": returns.mean(), "score": np.mean([s.score for s in samples])}
     for name, target in (("explained_variance", returns), ("explained_variance_mc", outcomes)):
         metrics[name] = 1 - (target - values).var() / max(target.var(), 1e-8)
-    logratio = end_to_end(samples, "old_logprobs") - end_to_end(samples, "ref_logprobs")
-    metrics["ref_kl"] = (np.exp(-logratio) - 1 + logratio).mean()  # k3, as in grpo.py
-    metrics["kl_spent"] = logratio.sum() / len(samples)  # k1, of whole completions
-    metrics["kl_reward"] = sum(rewards) / len(samples) - metrics["score"]
+    metrics["ref_kl"] = (np.exp(-kls) - 1 + kls).mean()  # k3 of grpo.py: as k1 in the mean, and never negative
+    metrics["kl_spent"] = kls.sum() / len(samples)
+    metrics["kl_reward"] = all_tokens(samples, "rewards").sum() / len(samples) - metrics["score"]
     return {name: float(value) for name, value in metrics.items()} | rates([sample.verdict for sample in samples])
 
 
@@ -858,10 +858,9 @@ def write_samples(args, step, samples, rows, chat, held_out=False):
         line = {"step": step, "row": rows.where(sample.row), "prompt": prompt, "completion": sample.text}
         line |= {"reward": sample.reward, "reason": sample.verdict.reason, "answer": sample.verdict.answer}
         line |= {"ended": sample.ended, "held_out": held_out}
-        if not held_out:  # demo/show_tokens.py draws them
+        if not held_out:  # those have no values; demo/show_tokens.py draws these
             decode = functools.partial(DecodeStream(skip_special_tokens=False).step, chat.tokenizer.backend_tokenizer)
             line |= {"tokens": [decode(i) or "" for i in sample.input_ids[sample.trained].tolist()]}
-            sample.kls = sample.old_logprobs - sample.ref_logprobs
             for name in ("values", "advantages", "returns", "rewards", "kls"):
                 line[name] = getattr(sample, name).round(4).tolist()
         lines.append(line)
@@ -924,7 +923,7 @@ def main(args):
     config = load_config(args)
     chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off: the sampler has none
-    value_args = dataclasses.replace(args, model=args.value_model or args.model, lr=args.value_lr)
+    value_args = dataclasses.replace(args, model=args.value_model or args.model, lr=args.value_lr)  # for the same code
     value_config = load_value_config(value_args, config, chat)
     encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop")
     rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
@@ -942,7 +941,7 @@ def main(args):
 
     # 3. model
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
-    reference = host_copy(policy)
+    reference = host_copy(policy)  # π_ref; before a checkpoint is loaded
     try:
         eos_ids = {chat.end_of_turn, chat.tokenizer.eos_token_id} - {None}
         sampler = Sampler(config, args.slots, args.max_length, eos_ids, device)
@@ -951,7 +950,7 @@ def main(args):
 
     value_model = load_model(value_args, value_config, ScoreModel, ValueModel, device, mesh)
     reward_model = host_copy(value_model) if args.reward_model_coef else None
-    if args.zero_value_head:
+    if args.zero_value_head:  # the reward model, copied above, keeps its head
         torch.nn.init.zeros_(value_model.model.score.weight)
     both = ActorCritic({"policy": policy, "value_model": value_model})
 
@@ -982,14 +981,14 @@ def main(args):
             sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
         rollout_seconds = time.perf_counter() - started
 
-        # groups → advantages → minibatches of microbatches
+        # what the loss needs to know of each token → minibatches of microbatches
         set_numbers(args, sampled, "old_logprobs", lambda batch: policy(batch, args.temperature)[0], device)
         set_numbers(args, sampled, "values", value_model, device)
         with exchanged(policy, reference):
             set_numbers(args, sampled, "ref_logprobs", lambda batch: policy(batch, args.temperature)[0], device)
         if reward_model:
-            with exchanged(value_model, reward_model):  # its score after a token, one position further than a value
-                set_numbers(args, sampled, "scores", lambda batch: value_model(batch).roll(-1), device)
+            with exchanged(value_model, reward_model):  # V is read before a token, its score after: one position on
+                set_numbers(args, sampled, "rm_scores", lambda batch: value_model(batch).roll(-1), device)
         for sample in sampled:
             set_rewards(args, sample)
         set_advantages(args, sampled)
@@ -997,7 +996,7 @@ def main(args):
         extras = ["behaviour_logprobs", "old_logprobs", "advantages", "values", "returns", "weight"]
 
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, num_steps) * (step >= args.value_warmup_steps)
+            group["lr"] = learning_rate(args, step, num_steps) * (step >= args.value_warmup_steps)  # 0: V alone learns
         for group in value_optimizer.param_groups:
             group["lr"] = learning_rate(value_args, step, num_steps)
         totals = 0.0
@@ -1033,7 +1032,7 @@ def main(args):
             optimizer.zero_grad()
             value_optimizer.step()
             value_optimizer.zero_grad()
-            totals += np.array([grad_norm, value_grad_norm, *sums])
+            totals += np.array([grad_norm, value_grad_norm, *sums])  # loss, loss_v, trained tokens, other metrics
 
         # log, evaluate, save
         step, seconds = step + 1, time.perf_counter() - started

@@ -1,10 +1,10 @@
-"""Where should a value model start from? PPO on the demo's additions with three answers, several seeds.
+"""Where should a value model start from? PPO on the demo's additions with four answers, several seeds.
 
     python benchmarks/value_init.py --out runs/value_init
 
     reward model    what reward_model.py has made of the policy's own right and wrong answers, with its head (Tülu 3)
     … zero head     the same with a head of zeros (--zero_value_head)
-    policy          the policy itself with a head of zeros
+    policy          the policy itself with a new head, N(0, 1/(H+1)), as without --value_model; or with one of zeros
 
 The settings are the demo's: in the first 8 steps the policy stands still and only the value model learns. Writes
 benchmarks/results/value_init.json and docs/images/value_init.png. A run that is finished is not made again.
@@ -29,10 +29,11 @@ import prepare  # noqa: E402
 KINDS = {
     "reward model": {},
     "reward model, zero head": {"zero_value_head": True},
-    "policy, zero head": {"zero_value_head": True, "value_model": "{out}/sft/model"},
+    "policy, new head": {"value_model": "{out}/sft/model"},
+    "policy, zero head": {"value_model": "{out}/sft/model", "zero_value_head": True},
 }
 CURVES = ("explained_variance", "explained_variance_mc", "reward", "value_loss")
-COLOURS = (plot.DARK, plot.LIGHT, plot.RED)
+COLOURS = (plot.DARK, plot.LIGHT, plot.RED, "#fcae91")
 
 
 def folder(kind):

@@ -101,8 +101,8 @@ def sample(reward=0.0, ended=True, old=(0.0, 0.0, 0.0), ref=(0.0, 0.0, 0.0), **n
         ({"kl_beta": 0.5}, sample(1.0, old=(-1.0, -2, -3), ref=(-2.0, -2, -1)), 10.0, [-0.5, 0, 11]),
         ({"kl_beta": 0.5}, sample(1.0, False, (-1.0, -2, -3), (-2.0, -2, -1)), -10.0, [-0.5, 0, -9]),
         ({"kl_beta": 0.0}, sample(1.0, old=(-1.0, -2, -3), ref=(-2.0, -2, -1)), 10.0, [0, 0, 10]),
-        ({"reward_model_coef": 2.0}, sample(1.0, scores=[7.0, 8, 0.5]), 11.0, [0, 0, 11]),
-        ({"reward_model_coef": 2.0}, sample(1.0, False, scores=[7.0, 8, 0.5]), -10.0, [0, 0, -10]),
+        ({"reward_model_coef": 2.0}, sample(1.0, rm_scores=[7.0, 8, 0.5]), 11.0, [0, 0, 11]),
+        ({"reward_model_coef": 2.0}, sample(1.0, False, rm_scores=[7.0, 8, 0.5]), -10.0, [0, 0, -10]),
         ({}, sample(1.0, old=(-1.0,), ref=(-3.0,)), 10.0, [9.9]),
     ],
 )
@@ -138,7 +138,7 @@ def test_summary_of_values():
     a = sample(1.0, old=(0.0, -1.0), ref=(0.0, -2.0), values=[3.0, 3.0])
     b = sample(0.0, ended=False, old=(0.0, 0.0, 0.0), ref=(-1.0, 0.0, 0.0), values=[0.0, 0.0, 0.0])
     for s, rewards, score in ((a, [0.0, 3.0], 4.0), (b, [0.0, 0.0, -10.0], -9.0)):
-        s.rewards, s.score = np.array(rewards), score
+        s.rewards, s.score, s.kls = np.array(rewards), score, s.old_logprobs - s.ref_logprobs
     ppo_rlvr.set_advantages(dataclasses.replace(ARGS, gae_lambda=1.0), [a, b])
     found = ppo_rlvr.summarise([a, b], [[a], [b]], 0)
     target, value = np.array([3, 3, -10, -10, -10.0]), np.array([3, 3, 0, 0, 0.0])
@@ -331,7 +331,7 @@ def test_values_and_scores_are_those_of_transformers(start, tmp_path, monkeypatc
             scores = reward_model.score(reward_model.model(ids).last_hidden_state)[0, :, 0].numpy()
             n = len(sample.values)
             np.testing.assert_allclose(sample.ref_logprobs, logprobs[-n:], atol=1e-5)  # in the second step too
-            np.testing.assert_allclose(sample.scores, scores[-n:], atol=1e-5)
+            np.testing.assert_allclose(sample.rm_scores, scores[-n:], atol=1e-5)
             assert np.allclose(sample.old_logprobs, logprobs[-n:], atol=1e-5) == first
             assert np.allclose(sample.values, scores[-n - 1 : -1], atol=1e-5) == first
             assert sample.score == pytest.approx(10 * sample.reward + 0.5 * scores[-1], abs=1e-5)
