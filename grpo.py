@@ -133,7 +133,7 @@ class Args:
     max_skip_frac: float = 0.01
     """refuse to start when a larger share of a source's rows is unusable"""
     batch_size: int = 64
-    """rows (conversations, pairs or prompts) per optimizer step, over all ranks and microbatches"""
+    """rows (conversations, pairs or prompts) per step, over all ranks and microbatches"""
     tokens_per_microbatch: int = 8192
     """tokens packed into one forward pass of one rank; 1 means one sequence at a time; does not change the loss"""
     lr: float = 1e-6
@@ -151,7 +151,7 @@ class Args:
     epochs: float = 1.0
     """passes over the training data"""
     steps: int | None = None
-    """stop after this many optimizer steps, if that is sooner"""
+    """stop after this many steps, if that is sooner"""
     seed: int = 1
     """decides the order of the data and everything else that is random"""
     eval_samples: int = 1
@@ -670,7 +670,7 @@ def host_copy(module):
 
 @contextlib.contextmanager
 def exchanged(module, shards):
-    """Inside, the module computes with other weights, a `host_copy`, and that holds its own. Takes no device memory."""
+    """Inside, the module has other weights, a `host_copy`, and that holds its own. Takes no memory but one shard."""
 
     def exchange():
         module.reshard()  # a forward leaves the outermost module's parameters gathered

@@ -57,7 +57,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from tokenizers.decoders import DecodeStream
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -128,7 +127,7 @@ class Args:
     value_clip: float = 0.2
     """ε_V of equation (4); 0 does not clip"""
     value_coef: float = 0.1
-    """factor of L_V. AdamW undoes it, except where --max_grad_norm clips (which it does to each model on its own)"""
+    """factor of L_V. AdamW nearly undoes it, but where --max_grad_norm clips (it does so to each model on its own)"""
     value_lr: float = 3e-7
     """peak learning rate of the value model, with the same schedule"""
     value_warmup_steps: int = 0
@@ -152,7 +151,7 @@ class Args:
     max_skip_frac: float = 0.01
     """refuse to start when a larger share of a source's rows is unusable"""
     batch_size: int = 224
-    """rows (conversations, pairs or prompts) per optimizer step, over all ranks and microbatches"""
+    """rows (conversations, pairs or prompts) per step, over all ranks and microbatches"""
     tokens_per_microbatch: int = 8192
     """tokens packed into one forward pass of one rank; 1 means one sequence at a time; does not change the loss"""
     lr: float = 3e-7
@@ -170,7 +169,7 @@ class Args:
     epochs: float = 1.0
     """passes over the training data"""
     steps: int | None = None
-    """stop after this many optimizer steps, if that is sooner"""
+    """stop after this many steps, if that is sooner"""
     seed: int = 1
     """decides the order of the data and everything else that is random"""
     eval_samples: int = 1
@@ -772,7 +771,7 @@ def host_copy(module):
 
 @contextlib.contextmanager
 def exchanged(module, shards):
-    """Inside, the module computes with other weights, a `host_copy`, and that holds its own. Takes no device memory."""
+    """Inside, the module has other weights, a `host_copy`, and that holds its own. Takes no memory but one shard."""
 
     def exchange():
         module.reshard()  # a forward leaves the outermost module's parameters gathered
@@ -859,8 +858,7 @@ def write_samples(args, step, samples, rows, chat, held_out=False):
         line |= {"reward": sample.reward, "reason": sample.verdict.reason, "answer": sample.verdict.answer}
         line |= {"ended": sample.ended, "held_out": held_out}
         if not held_out:  # those have no values; demo/show_tokens.py draws these
-            decode = functools.partial(DecodeStream(skip_special_tokens=False).step, chat.tokenizer.backend_tokenizer)
-            line |= {"tokens": [decode(i) or "" for i in sample.input_ids[sample.trained].tolist()]}
+            line["token_ids"] = sample.input_ids[sample.trained].tolist()
             for name in ("values", "advantages", "returns", "rewards", "kls"):
                 line[name] = getattr(sample, name).round(4).tolist()
         lines.append(line)
@@ -1057,7 +1055,10 @@ def main(args):
 
     # export
     pool.close()
-    export_model(value_args, value_model.model, chat, Path(args.out, "value_model"))
+    value_path = Path(args.out, "value_model")
+    on_rank0(lambda: shutil.rmtree(value_path, ignore_errors=True))  # half written when the run was killed
+    export_model(value_args, value_model.model, chat, value_path)
+    on_rank0(lambda: sync_to_disk(value_path))
     finish_run(args, policy, chat)
 
 

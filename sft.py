@@ -75,7 +75,7 @@ class Args:
     max_skip_frac: float = 0.01
     """refuse to start when a larger share of a source's rows is unusable"""
     batch_size: int = 128
-    """rows (conversations, pairs or prompts) per optimizer step, over all ranks and microbatches"""
+    """rows (conversations, pairs or prompts) per step, over all ranks and microbatches"""
     tokens_per_microbatch: int = 8192
     """tokens packed into one forward pass of one rank; 1 means one sequence at a time; does not change the loss"""
     lr: float = 5e-6
@@ -93,7 +93,7 @@ class Args:
     epochs: float = 2.0
     """passes over the training data"""
     steps: int | None = None
-    """stop after this many optimizer steps, if that is sooner"""
+    """stop after this many steps, if that is sooner"""
     seed: int = 1
     """decides the order of the data and everything else that is random"""
     eval_every: int = 100

@@ -9,7 +9,21 @@ import argparse
 import json
 from pathlib import Path
 
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
+
 PAGE = Path(__file__).with_suffix(".html")  # with a place for the samples
+
+
+def texts(tokenizer, ids):
+    """The text that each token adds; "" for one that only begins a character."""
+    stream = DecodeStream(skip_special_tokens=False)
+    for i in ids:
+        try:
+            yield stream.step(tokenizer, i) or ""
+        except Exception:  # tokenizers raises no other class, where bytes are no UTF-8: begin anew
+            stream = DecodeStream(skip_special_tokens=False)
+            yield stream.step(tokenizer, i) or ""
 
 
 def show(run, out, steps=12):
@@ -20,7 +34,12 @@ def show(run, out, steps=12):
     if not every:
         raise SystemExit(f"error: {run}/samples.jsonl holds no values: not of ppo_rlvr.py, or --log_samples 0")
     chosen = sorted({every[round((i + 1) / steps * len(every)) - 1] for i in range(min(steps, len(every)))})
-    samples = json.dumps([line for line in lines if line["step"] in chosen]).replace("</", "<\\/")  # ends no <script>
+    lines = [line for line in lines if line["step"] in chosen]
+    model = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["args"]["model"]
+    tokenizer = AutoTokenizer.from_pretrained(model).backend_tokenizer
+    for line in lines:
+        line["tokens"] = list(texts(tokenizer, line["token_ids"]))
+    samples = json.dumps(lines).replace("</", "<\\/")  # ends no <script>
     page = PAGE.read_text(encoding="utf-8").replace("/* samples */", samples)
     Path(out).write_text(page, encoding="utf-8")
     return chosen

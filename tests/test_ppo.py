@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 
 import launch
@@ -13,7 +14,7 @@ import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
 import torch
-from conftest import tokenizer_folder, user, write_jsonl
+from conftest import ROOT, TOKENIZERS, tokenizer_folder, user, write_jsonl
 from launch import call, children, metrics, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
@@ -23,6 +24,9 @@ import ppo_rlvr
 from common import RunError
 from kernels.sampler import Sampler
 from rewards import Verdict
+
+sys.path.insert(0, str(ROOT / "demo"))
+import show_tokens  # noqa: E402
 
 ARGS = ppo_rlvr.Args(model="", data=[], out="", max_new_tokens=16)
 
@@ -286,22 +290,44 @@ def test_a_run_writes_what_it_promises(start, reference):
 
 
 def test_samples_tell_what_was_thought_of_each_token(reference):
-    """Their numbers fit equation (1), and the tokens make up the completion."""
+    """Their numbers fit equation (1), and their tokens are the completion's."""
     shown = [json.loads(line) for line in open(reference / "samples.jsonl")]
     trained = [line for line in shown if not line["held_out"]]
-    added = AutoTokenizer.from_pretrained(reference / "model").added_tokens_decoder.values()
-    special = [token.content for token in added if token.special]
+    tokenizer = AutoTokenizer.from_pretrained(reference / "model")
     assert len(trained) == 6 * 4 and len(shown) == 6 * 4 + 3 * 4
     for line in trained:
-        n = len(line["tokens"])
+        n = len(line["token_ids"])
         assert {len(line[name]) for name in ("values", "advantages", "returns", "rewards", "kls")} == {n}
         rewards = [-0.05 * kl for kl in line["kls"]]
         rewards[-1] += 10 * line["reward"]
         np.testing.assert_allclose(line["rewards"], rewards, atol=2e-4)
         advantages = cleanrl(line["rewards"], line["values"], 1.0, 0.95)
         np.testing.assert_allclose(line["returns"], np.add(advantages, line["values"]), atol=2e-3)
-        text = "".join(token for token in line["tokens"] if token not in special)
-        assert text and line["completion"].startswith(text)  # an unfinished character at the end is in no token
+        assert tokenizer.decode(line["token_ids"][: n - line["ended"]], skip_special_tokens=True) == line["completion"]
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_each_token_has_its_text(kind):
+    """Together they are the text; random tokens, whose bytes are no characters, only must not stop anything."""
+    tokenizer = TOKENIZERS[kind]()
+    backend, rng = tokenizer.backend_tokenizer, np.random.default_rng(0)
+    for text in ("Natalia sold 48/2 = 24 clips.", "a 你好 😀 b", "</script>"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert "".join(show_tokens.texts(backend, ids)).strip() == tokenizer.decode(ids).strip()
+    for _ in range(300):
+        ids = rng.integers(0, len(tokenizer), 60).tolist()
+        assert len(list(show_tokens.texts(backend, ids))) == 60
+
+
+def test_the_page_of_tokens_holds_the_samples(reference, tmp_path):
+    chosen = show_tokens.show(reference, tmp_path / "page.html", steps=3)
+    page = (tmp_path / "page.html").read_text()
+    assert chosen == [2, 4, 6] and page.count("</script>") == 1
+    samples = json.loads(page.split("const samples = ")[1].split(";\n")[0].replace("<\\/", "</"))
+    assert len(samples) == 3 * 4 and all(len(s["tokens"]) == len(s["values"]) for s in samples)
+    with pytest.raises(SystemExit, match="holds no values"):
+        (tmp_path / "samples.jsonl").write_text('{"step": 1}\n')
+        show_tokens.show(tmp_path, tmp_path / "none.html")
 
 
 @pytest.mark.parametrize(
