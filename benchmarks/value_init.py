@@ -63,9 +63,9 @@ def collect(out, kind):
 
 
 def draw(results, path):
-    """Explained variance and reward over the steps: a thin line for each seed, a thick one for their mean."""
+    """Explained variance and reward, means of 5 steps: a thin line for each seed, a thick one for their mean."""
     figure, axes = plot.plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    titles = {"explained_variance_mc": "explained variance of what came", "reward": "share of right answers, sampled"}
+    titles = {"explained_variance_mc": "explained variance of the outcome", "reward": "share of right answers, sampled"}
     for (name, title), ax in zip(titles.items(), axes, strict=True):
         for (kind, seeds), colour in zip(results.items(), COLOURS, strict=True):
             curves = [plot.smooth(result[name], 2) for result in seeds.values()]
@@ -77,7 +77,7 @@ def draw(results, path):
         ax.axvline(8.5, color="0.6", linewidth=1, linestyle="--")
         ax.set_title(title, loc="left")
         ax.set_xlabel("step (up to the dashed line only the value model learns)")
-    axes[0].set_ylim(-0.3, 0.6)
+    axes[0].set_ylim(-0.2, 0.45)
     axes[1].set_ylim(0.3, 1.0)
     axes[0].legend(frameon=False, loc="upper left", title="value model starts as")
     plot.save(figure, path)

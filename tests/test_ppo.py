@@ -373,6 +373,13 @@ def test_a_new_head_and_a_head_of_zeros(start, tmp_path):
     assert zero["reward"] == new["reward"]
 
 
+def test_each_model_has_its_learning_rate(start, tmp_path):
+    call(ppo_rlvr, out=tmp_path / "run", **start | {"value_lr": 0.0, "steps": 1})
+    for folder, loader, source in (("model", AutoModelForCausalLM, "model"), ("value_model", AutoModelForSequenceClassification, "value_model")):
+        before, after = (loader.from_pretrained(path).state_dict() for path in (start[source], tmp_path / "run" / folder))
+        assert all(torch.equal(before[name], after[name]) for name in before) == (folder == "value_model")
+
+
 def test_value_warm_up_leaves_the_policy(start, reference, tmp_path):
     call(ppo_rlvr, out=tmp_path / "run", **start | {"value_warmup_steps": 2, "weight_decay": 0.1, "steps": 3})
     first, second, third = metrics(tmp_path / "run")
