@@ -380,6 +380,16 @@ def test_each_model_has_its_learning_rate(start, tmp_path):
         assert all(torch.equal(before[name], after[name]) for name in before) == (folder == "value_model")
 
 
+def test_value_coef_scales_the_gradient(start, tmp_path):
+    """AdamW hides it; the norm before clipping does not."""
+    flags = start | {"steps": 1, "minibatches": 1, "passes": 1}
+    call(ppo_rlvr, out=tmp_path / "once", **flags)
+    call(ppo_rlvr, out=tmp_path / "twice", **flags | {"value_coef": 0.2})
+    (once,), (twice,) = metrics(tmp_path / "once"), metrics(tmp_path / "twice")
+    assert twice["value_grad_norm"] == pytest.approx(2 * once["value_grad_norm"], rel=1e-5)
+    assert twice["grad_norm"] == once["grad_norm"] and twice["loss"] - once["loss"] == pytest.approx(0.1 * once["value_loss"])
+
+
 def test_value_warm_up_leaves_the_policy(start, reference, tmp_path):
     call(ppo_rlvr, out=tmp_path / "run", **start | {"value_warmup_steps": 2, "weight_decay": 0.1, "steps": 3})
     first, second, third = metrics(tmp_path / "run")
