@@ -148,7 +148,7 @@ def test_errors_are_one_line(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
     good = {"model": tiny_model, "data": rows, "out": tmp_path / "run", "max_length": 64, "batch_size": 4}
     for change, message in [
-        ({"model": tmp_path / "nothing"}, "--model"),
+        ({"model": tmp_path / "nothing"}, "model .*nothing: "),
         ({"batch_size": 8}, "4 usable rows, fewer than --batch_size 8"),
         ({"max_length": 4096}, "--max_length 4096 is beyond the 512 positions"),
         ({"chat_template": "none.jinja"}, "--chat_template"),
