@@ -6,7 +6,7 @@
     … zero head     the same with a head of zeros (--zero_value_head)
     policy          the policy itself with a new head, N(0, 1/(H+1)), as without --value_model; or with one of zeros
 
-The settings are the demo's: in the first 8 steps the policy stands still and only the value model learns. Writes
+The settings are the demo's: in the first 24 steps the policy stands still and only the value model learns. Writes
 benchmarks/results/value_init.json and docs/images/value_init.png. A run that is finished is not made again.
 """
 
@@ -74,7 +74,7 @@ def draw(results, path):
                 ax.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.5)
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             ax.plot(steps, mean, color=colour, linewidth=2.2, label=kind)
-        ax.axvline(8.5, color="0.6", linewidth=1, linestyle="--")
+        ax.axvline(24.5, color="0.6", linewidth=1, linestyle="--")
         ax.set_title(title, loc="left")
         ax.set_xlabel("step (up to the dashed line only the value model learns)")
     axes[0].set_ylim(-0.2, 0.45)
@@ -96,8 +96,8 @@ def main(out, seeds):
     draw(results, ROOT / "docs" / "images" / "value_init.png")
     for kind, by_seed in results.items():
         for seed, result in by_seed.items():
-            still, last = (sum(result["explained_variance_mc"][part]) for part in (slice(5, 8), slice(-8, None)))
-            print(f"{kind}, seed {seed}: explained {still / 3:.3f} after 8 steps, {last / 8:.3f} at the end")
+            still, last = (sum(result["explained_variance_mc"][part]) for part in (slice(16, 24), slice(-8, None)))
+            print(f"{kind}, seed {seed}: explained {still / 8:.3f} in steps 17 to 24, {last / 8:.3f} in the last 8")
             print(f"    sampled {evaluate.interval(result['sampled'])}, greedy {evaluate.interval(result['greedy'])}")
 
 

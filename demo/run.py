@@ -82,8 +82,8 @@ def ppo(out, seed, name="ppo", **flags):
     run_script(
         "ppo_rlvr.py", model=f"{out}/sft/model", data=f"{out}/prompts.jsonl",
         eval_data=f"{out}/held_out_prompts.jsonl:500", out=f"{out}/{name}", max_length=64, max_new_tokens=32,
-        batch_size=256, slots=256, minibatches=4, lr=3e-4, value_lr=1e-3, value_clip=0, value_warmup_steps=8, steps=48,
-        epochs=2, eval_every=8, save_every=0, seed=seed, **flags,
+        batch_size=256, slots=256, minibatches=8, lr=3e-4, value_lr=5e-4, value_clip=0, value_warmup_steps=24, steps=56,
+        epochs=3, eval_every=8, save_every=0, seed=seed, **flags,
     )  # fmt: skip
 
 
