@@ -1,7 +1,7 @@
 # Every target does its own set-up: a .venv, installed once.
 PYTHON := .venv/bin/python
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow test-cuda
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -18,3 +18,6 @@ test: .venv/installed  ## what CI runs
 
 test-slow: .venv/installed  ## many more kills, torch.compile, two processes: run by hand
 	$(PYTHON) -m pytest -m slow
+
+test-cuda: .venv/installed  ## what needs a CUDA device; with PyTorch for CUDA in the .venv
+	CUDA_TESTS=1 $(PYTHON) -m pytest tests/test_cuda.py tests/test_head.py

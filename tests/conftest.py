@@ -24,6 +24,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
+if not os.environ.get("CUDA_TESTS"):  # make test-cuda; all other tests expect float32 on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

@@ -1,7 +1,7 @@
 """What only CUDA exercises: compiled kernels, varlen attention, CUDA graphs, bf16 under FSDP2. `make test-cuda` runs them.
 
-Skipped where there is no CUDA device. `CUDA_TESTS=dry` runs them on the CPU all the same, which proves nothing about a GPU
-but finds what would stop them there.
+Elsewhere they are skipped. `CUDA_TESTS=dry` runs them on the CPU all the same, which proves nothing about a GPU but finds
+what would stop them there.
 """
 
 import copy
@@ -29,7 +29,7 @@ from kernels.sampler import Sampler
 
 DRY = os.environ.get("CUDA_TESTS") == "dry"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not DRY, reason="needs CUDA")
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not DRY, reason="needs CUDA: make test-cuda")
 BF16 = torch.bfloat16
 
 
