@@ -18,7 +18,7 @@ V is the value model before the batch's first update, 0 after the last token; V'
 whitened to mean 0 and variance 1 over the batch. The score is 10 times the verifiers' reward, -10 without an end token.
 
 Defaults are Tülu 3's (arXiv 2411.15124, section 6): 4 passes over 224 completions of different prompts. There the value
-model starts as the reward model: pass it as --value_model. There is no w there (it is about 1): --tis_cap 0 to match.
+model starts as the reward model: pass it as --value_model. There is no w there: --tis_cap 0 leaves it out.
 
     python ppo_rlvr.py --model DIR --value_model DIR --data rows.jsonl --out runs/ppo         one process, CPU or GPU
     torchrun --nproc_per_node 8 ppo_rlvr.py --model runs/dpo/model --value_model runs/rm/model --data train.jsonl ...
@@ -674,9 +674,7 @@ def sample_round(args, sampler, pool, chat, rows, cursor, missing, step, signals
 def load_value_config(value_args, policy_config, chat):
     """The value model's configuration; value_args.model is its folder. Raises RunError if its vocabulary differs."""
     config = load_config(value_args)
-    vocabulary = common.load_tokenizer(
-        value_args.model, "chatml"
-    ).get_vocab()  # any template: without one it would refuse
+    vocabulary = common.load_tokenizer(value_args.model, "chatml").get_vocab()  # its own template plays no part
     if config.vocab_size != policy_config.vocab_size or vocabulary != chat.tokenizer.get_vocab():
         raise common.RunError(f"--value_model {value_args.model} has another vocabulary than --model")
     if value_args.reward_model_coef and "ForSequenceClassification" not in str(config.architectures):
@@ -700,8 +698,8 @@ def set_rewards(args, sample):
 
 def gae(rewards, values, lengths, gamma, gae_lambda):
     """Equation (1) by CleanRL's loop, for completions end to end: (tokens,), (tokens,), (completions,) → (tokens,)."""
-    lengths, advantages = np.array(lengths), np.zeros(len(rewards))
-    ends, next_value, next_advantage = lengths.cumsum(), *np.zeros((2, len(lengths)))  # 0 after the last token
+    lengths, ends, advantages = np.array(lengths), np.cumsum(lengths), np.zeros(len(rewards))
+    next_value, next_advantage = np.zeros((2, len(lengths)))  # of each completion; 0 after its last token
     for back in range(1, lengths.max() + 1):
         on = lengths >= back  # the completions that have a token so far back
         t = ends[on] - back  # the places of these tokens
