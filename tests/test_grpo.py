@@ -1,22 +1,19 @@
 """GRPO: its loss against the equations, and runs: what changes nothing, what is learned, what is refused."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
-import time
+import shutil
 from types import SimpleNamespace
 
-import launch
 import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
+import rl
 import torch
-from conftest import ALONE, tokenizer_folder, user, write_jsonl
-from launch import call, children, metrics, run
-from transformers import AutoModelForCausalLM, LlamaConfig
+from conftest import ALONE, user, write_jsonl
+from launch import call, metrics, run
+from transformers import AutoModelForCausalLM
 
 import common
 import grpo
@@ -145,24 +142,8 @@ def test_weights(average, expected, monkeypatch):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Flags of a small run: a random model with a vocabulary of digits, asked for small letters."""
-    folder = tmp_path_factory.mktemp("grpo")
-    tokenizer = common.load_tokenizer(tokenizer_folder("byte_level"), "tulu")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [{"messages": [user(f"{i}?")], "dataset": "small", "ground_truth": "5"} for i in range(40)]
-    write_jsonl(folder / "train.jsonl", rows[:32])
-    write_jsonl(folder / "test.jsonl", rows[32:])
-    return {
-        "model": folder / "model", "data": [str(folder / "train.jsonl")], "max_length": 64, "max_new_tokens": 8, "batch_size": 4,
-        "group_size": 4, "lr": 1e-3, "steps": 6, "epochs": 9, "save_every": 0, "slots": 16, "verifier_workers": 1, "log_samples": 4,
-    }  # fmt: skip
+    flags, _, _ = rl.small_run(tmp_path_factory.mktemp("grpo"))
+    return flags | {"batch_size": 4, "group_size": 4}
 
 
 LOSSES = ("loss", "grad_norm", "reward", "entropy", "completion_tokens")
@@ -234,36 +215,10 @@ def test_flags_train(start, tmp_path, flags):
         assert max(line["staleness"] for line in lines) > 0
 
 
-def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path, monkeypatch):
+def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path):
     """Stopped by an exception behind a checkpoint; and by SIGTERM in the middle of a rollout. The same numbers come out."""
     out, flags = tmp_path / "run", start | {"save_every": 2}
-    sync = Sampler.sync
-
-    syncs = []
-
-    def breaks(self, policy):
-        syncs.append(1)
-        if len(syncs) == 4:
-            raise KeyboardInterrupt  # at the start of step 4, after the checkpoint of step 2
-        return sync(self, policy)
-
-    monkeypatch.setattr(Sampler, "sync", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        call(grpo, out=out, **flags)
-    monkeypatch.setattr(Sampler, "sync", sync)
-    run, calls = Sampler._run, []
-
-    def terminated(self, temperature):
-        calls.append(1)
-        if len(calls) == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return run(self, temperature)
-
-    monkeypatch.setattr(Sampler, "_run", terminated)
-    with pytest.raises(SystemExit) as stopped:
-        call(grpo, out=out, **flags)
-    assert stopped.value.code == 143 and len(calls) == 12
-    monkeypatch.setattr(Sampler, "_run", run)
+    rl.stop_twice(grpo, out, flags, decode_calls=12)
     call(grpo, out=out, **flags)
     assert trajectory(out) == trajectory(reference)
     texts = [[json.loads(line)["completion"] for line in open(path / "samples.jsonl") if not json.loads(line)["held_out"]] for path in (out, reference)]
@@ -277,8 +232,6 @@ def test_in_flight_runs_continue_bit_for_bit(start, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "finish_run", lambda *_: None)
     call(grpo, out=tmp_path / "run", **flags | {"steps": 6})
     monkeypatch.setattr(grpo, "finish_run", finish)
-    import shutil
-
     for step in (4, 5):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
     call(grpo, out=tmp_path / "run", **flags)
@@ -318,9 +271,8 @@ def test_rewards_teach(start, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_rewards_teach_nothing(start, tmp_path, seed):
     """Negative control: trained on a hash of the text, measured by small letters."""
-    rows = [{"messages": [user(f"{i}?")], "dataset": "coin", "ground_truth": "x"} for i in range(32)]
     flags = start | {"steps": 25, "batch_size": 8, "group_size": 8, "lr": 3e-3, "eval_data": start["data"], "eval_samples": 8, "eval_every": 100, "epochs": 99}
-    call(grpo, out=tmp_path / "coin", **flags | {"data": [write_jsonl(tmp_path / "coin.jsonl", rows)], "seed": seed})
+    call(grpo, out=tmp_path / "coin", **flags | {"data": rl.rewarded_at_random(tmp_path), "seed": seed})
     first, *_, last = metrics(tmp_path / "coin")
     assert last["eval_reward_low"] < first["eval_reward_high"]
 
@@ -362,10 +314,7 @@ def test_no_differing_rewards_is_a_step_without_update(start, tmp_path):
 def alone(start, tmp_path_factory):
     """(flags of a run that a process of its own can make, its folder)."""
     folder = tmp_path_factory.mktemp("alone")
-    letters = [{"letter": letter, "let_frequency": 1, "let_relation": "at least"} for letter in "ae,"]
-    truth = {"instruction_id_list": ["keywords:letter_frequency"] * 3, "kwargs": letters}
-    rows = [{"messages": [user(f"{i}?")], "dataset": "ifeval", "ground_truth": truth} for i in range(32)]
-    flags = start | {"data": [write_jsonl(folder / "train.jsonl", rows)], "max_new_tokens": 12, "steps": 8, "save_every": 1}
+    flags = rl.rewarded_by_a_built_in(folder, start)
     run("grpo.py", out=folder / "run", **flags)
     return flags, folder / "run"
 
@@ -386,17 +335,7 @@ def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
     flags, _ = alone
     flags = flags | {"inflight": 4}
     run("grpo.py", processes, out=tmp_path / "whole", **flags)
-    rng = np.random.default_rng(processes)
-    for _ in range(5):
-        process = launch.start("grpo.py", processes, out=tmp_path / "run", **flags)
-        while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 4))
-        for pid in [*children(process.pid), process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    run("grpo.py", processes, out=tmp_path / "run", **flags)
+    rl.kill_five_times("grpo.py", processes, tmp_path / "run", flags)
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
 
 

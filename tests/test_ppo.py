@@ -1,28 +1,23 @@
 """PPO: advantages and losses against the equations and CleanRL's loop, and runs: what changes nothing, what is learned."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
-import time
 
-import launch
 import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
+import rl
 import torch
-from conftest import ROOT, TOKENIZERS, tokenizer_folder, user, write_jsonl
-from launch import call, children, metrics, run
+from conftest import ROOT, TOKENIZERS, tokenizer_folder
+from launch import call, metrics, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 import common
 import grpo
 import ppo_rlvr
 from common import RunError
-from kernels.sampler import Sampler
 from rewards import Verdict
 
 sys.path.insert(0, str(ROOT / "demo"))
@@ -232,27 +227,15 @@ def test_policy_loss_is_that_of_grpo():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Flags of a small run: random models with a vocabulary of digits, asked for small letters."""
+    """Flags of a small run, whose reward model is smaller than its policy."""
     folder = tmp_path_factory.mktemp("ppo")
-    tokenizer = common.load_tokenizer(tokenizer_folder("byte_level"), "tulu")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    config.num_hidden_layers, config.num_labels, config.pad_token_id = 1, 1, None  # the reward model is a smaller one
+    flags, config, tokenizer = rl.small_run(folder)
+    config.num_hidden_layers, config.num_labels, config.pad_token_id = 1, 1, None
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "rm")
-    for name in ("model", "rm"):
-        tokenizer.save_pretrained(folder / name)
-    rows = [{"messages": [user(f"{i}?")], "dataset": "small", "ground_truth": "5"} for i in range(40)]
-    write_jsonl(folder / "train.jsonl", rows[:32])
-    write_jsonl(folder / "test.jsonl", rows[32:])
-    return {
-        "model": folder / "model", "value_model": str(folder / "rm"), "data": [str(folder / "train.jsonl")], "max_length": 64,
-        "max_new_tokens": 8, "batch_size": 12, "lr": 1e-3, "value_lr": 1e-3, "steps": 6, "epochs": 9, "save_every": 0,
-        "slots": 16, "verifier_workers": 1, "log_samples": 4, "minibatches": 2, "passes": 2, "no_eos_score": None, "value_clip": 2.0,
+    tokenizer.save_pretrained(folder / "rm")
+    return flags | {
+        "value_model": str(folder / "rm"), "batch_size": 12, "value_lr": 1e-3, "minibatches": 2, "passes": 2, "no_eos_score": None,
+        "value_clip": 2.0,
     }  # fmt: skip
 
 
@@ -414,33 +397,10 @@ def test_flags_train(start, tmp_path, flags):
     assert lines[0]["sampled_tokens"] > 0 and lines[0]["groups"] == 12
 
 
-def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path, monkeypatch):
+def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path):
     """Stopped by an exception behind a checkpoint; and by SIGTERM in the middle of a rollout. The same numbers come out."""
     out, flags = tmp_path / "run", start | {"save_every": 2}
-    sync, run_, syncs, calls = Sampler.sync, Sampler._run, [], []
-
-    def breaks(self, policy):
-        syncs.append(1)
-        if len(syncs) == 4:
-            raise KeyboardInterrupt  # at the start of step 4, after the checkpoint of step 2
-        return sync(self, policy)
-
-    monkeypatch.setattr(Sampler, "sync", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        call(ppo_rlvr, out=out, **flags)
-    monkeypatch.setattr(Sampler, "sync", sync)
-
-    def terminated(self, temperature):
-        calls.append(1)
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return run_(self, temperature)
-
-    monkeypatch.setattr(Sampler, "_run", terminated)
-    with pytest.raises(SystemExit) as stopped:
-        call(ppo_rlvr, out=out, **flags)
-    assert stopped.value.code == 143
-    monkeypatch.setattr(Sampler, "_run", run_)
+    rl.stop_twice(ppo_rlvr, out, flags, decode_calls=6)
     call(ppo_rlvr, out=out, **flags)
     assert trajectory(out) == trajectory(reference)
     for folder, loader in (("model", AutoModelForCausalLM), ("value_model", AutoModelForSequenceClassification)):
@@ -466,8 +426,7 @@ def test_rewards_teach(start, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_rewards_teach_nothing(start, tmp_path, seed):
     """Negative control: trained on a hash of the text, measured by small letters."""
-    rows = [{"messages": [user(f"{i}?")], "dataset": "coin", "ground_truth": "x"} for i in range(32)]
-    flags = start | TEACHING | {"eval_data": start["data"], "eval_samples": 8, "data": [write_jsonl(tmp_path / "coin.jsonl", rows)]}
+    flags = start | TEACHING | {"eval_data": start["data"], "eval_samples": 8, "data": rl.rewarded_at_random(tmp_path)}
     call(ppo_rlvr, out=tmp_path / "coin", **flags | {"seed": seed})
     first, *_, last = metrics(tmp_path / "coin")
     assert last["eval_reward_low"] < first["eval_reward_high"]
@@ -503,10 +462,7 @@ def test_a_value_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch):
 def alone(start, tmp_path_factory):
     """(flags of a run that a process of its own can make, its folder)."""
     folder = tmp_path_factory.mktemp("alone")
-    letters = [{"letter": letter, "let_frequency": 1, "let_relation": "at least"} for letter in "ae,"]
-    truth = {"instruction_id_list": ["keywords:letter_frequency"] * 3, "kwargs": letters}
-    rows = [{"messages": [user(f"{i}?")], "dataset": "ifeval", "ground_truth": truth} for i in range(32)]
-    flags = start | {"data": [write_jsonl(folder / "train.jsonl", rows)], "max_new_tokens": 12, "steps": 8, "save_every": 1, "reward_model_coef": 0.1}
+    flags = rl.rewarded_by_a_built_in(folder, start) | {"reward_model_coef": 0.1}
     run("ppo_rlvr.py", out=folder / "run", **flags)
     return flags, folder / "run"
 
@@ -527,15 +483,5 @@ def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
     flags, _ = alone
     flags = flags | {"inflight": 4}
     run("ppo_rlvr.py", processes, out=tmp_path / "whole", **flags)
-    rng = np.random.default_rng(processes)
-    for _ in range(5):
-        process = launch.start("ppo_rlvr.py", processes, out=tmp_path / "run", **flags)
-        while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 4))
-        for pid in [*children(process.pid), process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    run("ppo_rlvr.py", processes, out=tmp_path / "run", **flags)
+    rl.kill_five_times("ppo_rlvr.py", processes, tmp_path / "run", flags)
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
