@@ -1,7 +1,9 @@
 """Runs a script as users do, in processes of its own."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,11 @@ def children(pid):
     """The processes that a process has started and that have not ended."""
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(child) for child in file.read().split()]
+
+
+def kill(process):
+    """kill -9 of a run, the workers of torchrun first: they would outlive it for a step, and save."""
+    for pid in [*children(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()

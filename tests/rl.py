@@ -1,6 +1,5 @@
 """What the tests of grpo.py and ppo_rlvr.py share: a small policy and its prompts, and ways to stop a run."""
 
-import contextlib
 import os
 import signal
 import time
@@ -85,8 +84,5 @@ def kill_five_times(script, processes, out, flags):
         while not (out / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 4))
-        for pid in [*launch.children(process.pid), process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        launch.kill(process)
     launch.run(script, processes, out=out, **flags)

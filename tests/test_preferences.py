@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -312,10 +313,11 @@ def test_killed_terminated_continued_finished(script, signals, tiny_model, tmp_p
     run(script, out=tmp_path / "whole", **flags)
     out, rng = tmp_path / "run", random.Random(0)
     for number in signals:
-        process = start(script, out=out, **flags)
+        started, process = time.time(), start(script, out=out, **flags)
         before = len(list(out.glob("checkpoints/step_*")))
         while process.poll() is None:
-            steps = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+            log = out / "metrics.jsonl"  # written by this process: before, SIGTERM would find it importing
+            steps = log.read_bytes().count(b"\n") if log.exists() and log.stat().st_mtime > started else 0
             saving = any(out.glob("checkpoints/*.tmp"))
             if steps >= rng.randint(3, 4) + 2 * before and (saving or number == 15):
                 break

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import assistant, user, write_jsonl
-from launch import metrics, run, start, trace
+from launch import kill, metrics, run, start, trace
 from test_sft import assert_same_trajectory
 from transformers import AutoConfig
 
@@ -55,8 +55,7 @@ def kill_at_a_random_moment(process, out, rng, inside_a_save):
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.03 if inside_a_save else 0.2))
     saving = any(out.glob("checkpoints/*.tmp"))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process)
     return saving
 
 
