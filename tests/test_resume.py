@@ -1,13 +1,14 @@
 """kill -9 at any moment, SIGTERM, another number of processes: the same command gives the same run."""
 
 import random
+import resource
 import shutil
 import signal
 import time
 
 import pytest
 from conftest import assistant, user, write_jsonl
-from launch import kill, metrics, run, start, trace
+from launch import children, kill, metrics, run, start, trace
 from test_sft import assert_same_trajectory
 from transformers import AutoConfig
 
@@ -149,14 +150,12 @@ def test_a_full_disk_loses_nothing(uninterrupted, flags, tmp_path):
     """A save that cannot write names the path and the free space; the checkpoint before it still continues the run."""
     processes, reference = uninterrupted
     out = tmp_path / "run"
-    limit = {"POSTCARD_TEST": "1"}
-    process = start("sft.py", processes, out=out, env=limit, **flags)
+    process = start("sft.py", processes, out=out, **flags)
     while not any(out.glob("checkpoints/step_*[0-9]")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    import resource
-
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))  # files beyond 20 kB cannot be written
+    for pid in [process.pid, *children(process.pid)]:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, 20_000))  # files beyond 20 kB cannot be written
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1 and "failed" in stderr and "bytes free" in stderr, stderr
     run("sft.py", processes, out=out, **flags)
