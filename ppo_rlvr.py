@@ -919,12 +919,12 @@ def main(args):
     config = load_config(args)
     chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off: the sampler has none
-    value_args = dataclasses.replace(args, model=args.value_model or args.model, lr=args.value_lr)  # for the same code
+    value_args = dataclasses.replace(args, model=args.value_model or args.model, lr=args.value_lr)  # the value model's
     value_config = load_value_config(value_args, config, chat)
     encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop")
     rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
     eval_rows = common.load_rows(args.eval_data, encode, args.seed, args.max_skip_frac) if args.eval_data else None
-    num_rows = math.ceil(args.epochs * len(rows))  # prompts seen in the whole run, but for active sampling
+    num_rows = math.ceil(args.epochs * len(rows))  # prompts seen in the whole run
     num_steps = min(math.ceil(num_rows / args.batch_size), args.steps or num_rows)
     if rank == 0:
         print("\n".join(rows.report + (eval_rows.report if eval_rows else [])))
@@ -938,17 +938,16 @@ def main(args):
     # 3. model
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
     reference = host_copy(policy)  # π_ref; before a checkpoint is loaded
-    try:
-        eos_ids = {chat.end_of_turn, chat.tokenizer.eos_token_id} - {None}
-        sampler = Sampler(config, args.slots, args.max_length, eos_ids, device)
-    except ValueError as error:
-        raise common.RunError(str(error)) from None
-
     value_model = load_model(value_args, value_config, ScoreModel, ValueModel, device, mesh)
     reward_model = host_copy(value_model) if args.reward_model_coef else None
     if args.zero_value_head:  # the reward model, copied above, keeps its head
         torch.nn.init.zeros_(value_model.model.score.weight)
     both = ActorCritic({"policy": policy, "value_model": value_model})
+    try:
+        eos_ids = {chat.end_of_turn, chat.tokenizer.eos_token_id} - {None}
+        sampler = Sampler(config, args.slots, args.max_length, eos_ids, device)
+    except ValueError as error:
+        raise common.RunError(str(error)) from None
 
     # 4. optimizer
     optimizer = make_optimizer(args, policy)

@@ -89,7 +89,7 @@ def plot_logprobs(runs, out):
     save(figure, out)
 
 
-def plot_reward(run, out, title="GRPO: rewards"):
+def plot_reward(run, out, title="Rewards"):
     """Writes a PNG of the mean reward of each step's samples, and of the held-out prompts with their intervals."""
     rows = read(run)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

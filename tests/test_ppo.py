@@ -334,8 +334,8 @@ def test_values_and_scores_are_those_of_transformers(start, tmp_path, monkeypatc
     policy = AutoModelForCausalLM.from_pretrained(start["model"], dtype=torch.float64)
     reward_model = AutoModelForSequenceClassification.from_pretrained(start["value_model"], dtype=torch.float64)
     with torch.no_grad():
-        for step, sample in enumerate(seen):
-            first, ids = step < 12, torch.from_numpy(sample.input_ids)[None]
+        for i, sample in enumerate(seen):
+            first, ids = i < 12, torch.from_numpy(sample.input_ids)[None]
             logprobs = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
             scores = reward_model.score(reward_model.model(ids).last_hidden_state)[0, :, 0].numpy()
             n = len(sample.values)
