@@ -25,20 +25,18 @@ import re
 import struct
 from collections import deque
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from kernels.attention import _softcapped, packed_attention
 from kernels.head import _matmul
+from kernels.slots import Slots
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass
 LOOK_EVERY = 16  # decode steps on CUDA between two looks of the host at what has finished
@@ -65,87 +63,6 @@ class Completion:
     logprobs: np.ndarray
     ended: bool = False
     done: bool = False
-
-
-# ---------------------------------------------------------------------------------------------- slots and attention
-
-
-class _Slots:
-    """Keys and values of B sequences of up to L tokens, which transformers takes for its cache (`past_key_values`).
-
-    Models call `update` only: positions are given to them, and a registered attention function gets no mask. One that
-    asks a cache for more fails, rather than work with a wrong answer.
-    """
-
-    def __init__(self, slots, length):
-        self.slots, self.length = slots, length
-        self.layers = {}  # layer: (keys, values), each (B, Hkv, L, D)
-        self.spans = []  # while prefilling: (slot, start, end) of each sequence in the packed row
-
-    def begin(self, positions, length):
-        """A decode step: sequence b of the first n stands at positions[b], and all stand below `length`."""
-        self.positions, self.length, self.masks = positions, length, {}
-        self.rows = torch.arange(len(positions), device=positions.device)
-
-    def update(self, key, value, layer, *args, **kwargs):
-        """Stores what a layer computed, (1, Hkv, T, D) or (n, Hkv, 1, D). Returns what its attention should see."""
-        if layer not in self.layers:
-            self.layers[layer] = [x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in (key, value)]
-        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-            for slot, start, end in self.spans:
-                buffer[slot, :, : end - start] = new[0, :, start:end]
-            if not self.spans:
-                buffer[self.rows, :, self.positions] = new[:, :, 0]
-        if self.spans:
-            return key, value
-        return [buffer[: len(self.rows), :, : self.length] for buffer in self.layers[layer]]  # views: nothing is copied
-
-    def mask(self, window):
-        """(n, 1, 1, L) bool: what each sequence may look at. Made once a step for all layers of a kind."""
-        if window not in self.masks:
-            j, i = torch.arange(self.length, device=self.positions.device), self.positions[:, None]
-            self.masks[window] = ((j <= i) if window is None else (j <= i) & (i - j < window))[:, None, None]
-        return self.masks[window]
-
-    def copy(self, source, target, length):
-        """The first `length` positions of one slot to another."""
-        for buffer in (buffer for layer in self.layers.values() for buffer in layer):
-            buffer[target, :, :length] = buffer[source, :, :length]
-
-
-def slot_attention(
-    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    slots=None, **kwargs,
-):
-    """Attention of one token of each sequence to its slot, or within packed sequences while they are prefilled.
-
-    Args:
-        query: (n, Hq, 1, D). key, value: (n, Hkv, L, D), as `slots.update` returned them.
-        slots: the cache, which says what each sequence may look at.
-        The others as for `kernels.attention.packed_attention`.
-
-    Returns:
-        (output (n, 1, Hq, D), None), as transformers expects.
-
-    Raises:
-        ValueError: a feature (sinks, position bias) that would otherwise be ignored.
-    """
-    if slots.spans:
-        return packed_attention(
-            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap=softcap, **kwargs
-        )
-    if any(kwargs.get(feature) is not None for feature in ("s_aux", "position_bias")):
-        raise ValueError("this model's attention uses sinks or a position bias, which the sampler does not implement")
-    n, heads, _, D = query.shape
-    query = query.reshape(n, key.shape[1], -1, D)  # the heads that share keys and values: as queries of one head
-    if softcap is None:
-        output = F.scaled_dot_product_attention(query, key, value, slots.mask(sliding_window), scale=scaling)
-    else:
-        output = _softcapped(query, key, value, slots.mask(sliding_window), scaling or D**-0.5, 0.0, softcap)
-    return output.reshape(n, 1, heads, D), None
-
-
-AttentionInterface.register("slots", slot_attention)
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -180,6 +97,23 @@ def _draw(logits, keys, positions, temperature, softcap):
     return tokens, z.gather(1, tokens[:, None])[:, 0] - logsumexp
 
 
+def _advance(logits, state, ids, logprobs, eos, temperature, softcap):
+    """Draws the next token of each of the first n slots, and writes down what follows, in place.
+
+    Args:
+        logits: (n, V). state: (B, 5), see Sampler. ids, logprobs: (B, L). eos: (E,) tokens that end a completion.
+    """
+    rows, state = torch.arange(len(logits), device=logits.device), state[: len(logits)]
+    tokens, token_logprobs = _draw(logits, state[:, KEY:], state[:, POSITION] + 1, temperature, softcap)
+    live = state[:, LIVE].bool()
+    positions = (state[:, POSITION] + live).long()  # a finished sequence stays where it is, and its slot as it is
+    ids[rows, positions] = torch.where(live, tokens, ids[rows, positions])
+    logprobs[rows, positions] = torch.where(live, token_logprobs, logprobs[rows, positions])
+    ended = (tokens[:, None] == eos).any(dim=1) | (positions >= state[:, LIMIT])
+    state[:, POSITION] = positions.int()
+    state[:, LIVE] = (live & ~ended).int()
+
+
 class Sampler:
     """Samples from a causal language model; see the top of this file.
 
@@ -201,14 +135,13 @@ class Sampler:
             self.model = AutoModelForCausalLM.from_config(config, **options)  # which writes into config
             if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
                 raise ValueError("the model's head has a bias, which is not supported")
-            self.cache = _Slots(slots, max_length)
-            self.cache.begin(torch.zeros(1, dtype=torch.int64), max_length)
-            self._hidden(*torch.zeros(2, 1, 1, dtype=torch.int64))  # makes the buffers, on meta: their shapes
+            self.cache, zeros = Slots(slots, max_length), torch.zeros(1, dtype=torch.int64)
+            self.cache.begin(zeros, zeros, max_length)
+            self._hidden(zeros[None], zeros[None])  # makes the buffers, on meta: their shapes
         _check_memory(self.model, self.cache, self.device, slots, max_length)
         self.model.to_empty(device=self.device).eval().requires_grad_(False)
         self.model.tie_weights()
-        for layer, buffers in self.cache.layers.items():
-            self.cache.layers[layer] = [torch.zeros_like(x, device=self.device) for x in buffers]
+        self.cache.allocate(self.device)
         self.slots, self.max_length, self.config, self.eos_ids = slots, max_length, config, set(eos_ids)
         self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
         self.ids = torch.zeros(slots, max_length, dtype=torch.int64, device=self.device)  # prompt and completion
@@ -217,11 +150,15 @@ class Sampler:
         # sampled; live: 1 while it goes on; two int32 keys of the noise
         self.state = torch.zeros(slots, 5, dtype=torch.int32, device=self.device)
         self.active = [None] * slots  # the Completion in each slot
-        self.newest = None, None  # key in `groups`, and slot, of the sequence that came to its slot last
+        self.newest = None, None  # key in `groups` of the sequence that came last, and a slot that holds its prompt
         self.groups = {}  # (step, prompt): its Completions; all that were asked for and not returned yet
-        self.graphs, self.draw, self.synced = {}, _draw, False
+        self.advance, self.synced = _advance, False
         if self.device.type == "cuda":
-            self.pool, self.draw = torch.cuda.graph_pool_handle(), torch.compile(_draw)
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+            self.sizes = [slots]  # numbers of slots that are decoded together; few, since each is compiled and captured
+            while self.sizes[0] >= 64:
+                self.sizes.insert(0, self.sizes[0] // 4)
+            self._compile()
 
     @torch.no_grad()
     def sync(self, policy):
@@ -316,34 +253,50 @@ class Sampler:
         free = [slot for slot, completion in enumerate(self.active) if completion is None]
         if len(free) < min(len(waiting), self.slots // 16):
             return  # few at a time would make many small prefills
-        new, copies = [], []  # (slot, token ids) to prefill; (slot that has the prompt, slot, tokens)
+        new, copies, rows = [], [], []  # (slot, ids) to prefill; (slot that has the prompt, slot); what to write down
         while free and waiting:
             c = waiting.popleft()
             ids = np.concatenate([c.prompt_ids, c.token_ids])
-            # A prompt's samples wait side by side, so its keys and values are still where its last sample went; that
-            # slot is taken first, lest another prompt gets it in this very call.
+            # A prompt's samples wait side by side, so its keys and values are still in the slot that they were prefilled
+            # to; that one is taken first when it is free, lest another prompt gets it in this very call.
             key, source = self.newest
             slot = free.pop(free.index(source) if source in free else 0)
             if key != (c.step, c.prompt) or len(c.token_ids):
                 new.append((slot, ids[:-1]))
+                self.newest = (c.step, c.prompt), slot
             elif slot != source:
-                copies.append((source, slot, len(ids) - 1))
-            self.newest, self.active[slot] = ((c.step, c.prompt), slot), c
-            self.ids[slot, : len(ids)] = torch.from_numpy(ids)
-            self.logprobs[slot, len(c.prompt_ids) : len(ids)] = torch.from_numpy(c.logprobs)
+                copies.append((source, slot))
+            self.active[slot] = c
             limit = min(len(c.prompt_ids) + max_new_tokens, self.max_length) - 1
             noise = hashlib.blake2b(struct.pack("<4q", seed, c.step, c.prompt, c.sample), digest_size=8).digest()
-            row = [len(ids) - 1, limit, len(ids) <= limit, *struct.unpack("<2i", noise)]
-            self.state[slot] = torch.tensor(row, dtype=torch.int32)
+            state = [len(ids) - 1, limit, len(ids) <= limit, *struct.unpack("<2i", noise)]
+            rows.append((slot, ids, np.concatenate([np.zeros(len(c.prompt_ids)), c.logprobs]), state))
+        self._write(rows)
         self._prefill(new)
-        for source, slot, length in copies:
-            self.cache.copy(source, slot, length)
+        self._copy(copies)
+        moves = []
         while not waiting and free and (last := max(self._used())) > free[0]:
-            gap = free.pop(0)
-            self.cache.copy(last, gap, int(self.state[last, POSITION]))
-            for buffer in (self.ids, self.logprobs, self.state):
-                buffer[gap] = buffer[last]
-            self.active[gap], self.active[last] = self.active[last], None
+            moves.append((last, free.pop(0)))
+            self.active[moves[-1][1]], self.active[last] = self.active[last], None
+        self._copy(moves)
+        for buffer in (self.ids, self.logprobs, self.state) if moves else ():
+            buffer[[target for _, target in moves]] = buffer[[source for source, _ in moves]]
+
+    def _write(self, rows):
+        """Writes [(slot, ids (T,), logprobs (T,), numbers of `state`), ...] to the device, in one go."""
+        if rows:
+            slots, ids, logprobs, state = zip(*rows, strict=True)
+            width = max(map(len, ids))
+            for buffer, values in ((self.ids, ids), (self.logprobs, logprobs)):
+                padded = torch.tensor(np.array([np.pad(x, (0, width - len(x))) for x in values]), dtype=buffer.dtype)
+                buffer[list(slots), :width] = padded.to(self.device)
+            self.state[list(slots)] = torch.tensor(state, dtype=torch.int32).to(self.device)
+
+    def _copy(self, pairs):
+        """Keys and values from slot to slot: [(source, target), ...]."""
+        if pairs:
+            sources, targets = map(list, zip(*pairs, strict=True))
+            self.cache.copy(sources, targets, int(self.state[sources, POSITION].max()))
 
     def _used(self):
         return [slot for slot, completion in enumerate(self.active) if completion is not None]
@@ -356,67 +309,63 @@ class Sampler:
             while sequences and sum(len(ids) for _, ids in row) + len(sequences[-1][1]) <= PREFILL_TOKENS:
                 row.append(sequences.pop())
             lengths = [len(ids) for _, ids in row]
-            ends = np.cumsum([0, *lengths])
-            ids, positions = np.concatenate([ids for _, ids in row]), np.concatenate([np.arange(n) for n in lengths])
-            self.cache.spans = [(slot, *span) for (slot, _), span in zip(row, pairwise(ends.tolist()), strict=True)]
-            ids, positions = (torch.from_numpy(x).to(self.device)[None] for x in (ids, positions))
-            ends = torch.from_numpy(ends.astype(np.int32)).to(self.device)
-            self._hidden(ids, positions, cu_seq_lens_q=ends, max_length_q=max(lengths))
-            self.cache.spans = []
+            columns = np.repeat([slot for slot, _ in row], lengths), np.concatenate([np.arange(n) for n in lengths])
+            columns += np.concatenate([ids for _, ids in row]), np.cumsum([0, *lengths])
+            slots, positions, ids, ends = (torch.from_numpy(x).to(self.device) for x in columns)
+            self.cache.begin(slots, positions)
+            with torch.compiler.set_stance("force_eager"):  # every row is of another length
+                self._hidden(ids[None], positions[None], cu_seq_lens_q=ends.int(), max_length_q=max(lengths))
 
     def _hidden(self, ids, positions, **kwargs):
         """Last hidden states; keys and values go to the slots."""
         kwargs |= {"past_key_values": self.cache, "use_cache": True, "slots": self.cache}
         return self.model.base_model(input_ids=ids, position_ids=positions, **kwargs).last_hidden_state
 
+    def _compile(self):
+        """Compiles what a decode step does: each decoder layer, and the draw. The first step of each size pays for it."""
+        for layer in self.model.base_model.layers:
+            layer.compile(dynamic=False)
+        self.advance = torch.compile(_advance, dynamic=False)
+
     def _run(self, temperature):
-        """Decodes until the host looks again: one step on CPU, LOOK_EVERY on CUDA, there as CUDA graphs."""
-        used, cuda = self._used(), self.device.type == "cuda"
-        steps = LOOK_EVERY if cuda else 1
-        n, length = used[-1] + 1, int(self.state[used, POSITION].max()) + steps
-        if cuda:  # few different shapes, since each becomes a graph: powers of two
-            n, length = 1 << (n - 1).bit_length(), max(256, 1 << (length - 1).bit_length())
-        shape = min(n, self.slots), min(length, self.max_length), temperature
-        for _ in range(steps):
+        """Decodes until the host looks again: one step on CPU, LOOK_EVERY on CUDA, there as replays of a CUDA graph."""
+        used = self._used()
+        if self.device.type != "cuda":
+            return self._decode(used[-1] + 1, int(self.state[used, POSITION].max()) + 1, temperature)
+        shape = next(n for n in self.sizes if n > used[-1]), self.max_length, temperature
+        for _ in range(LOOK_EVERY):
             if shape in self.graphs:
                 self.graphs[shape].replay()
                 continue
-            self._decode(*shape)
-            if cuda:  # the step above was one of the steps and the warm-up; capturing computes nothing
-                self.graphs[shape] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[shape], pool=self.pool, capture_error_mode="thread_local"):
-                    self._decode(*shape)
+            self._decode(*shape)  # this is one of the steps, and the warm-up; capturing computes nothing
+            self.graphs[shape] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[shape], pool=self.pool, capture_error_mode="thread_local"):
+                self._decode(*shape)
 
-    def _decode(self, n, length, temperature):
-        """One token for each of the first n slots, whose attention looks at the first `length` positions."""
-        rows, state = torch.arange(n, device=self.device), self.state[:n]
-        positions = state[:, POSITION].long()
-        self.cache.begin(positions, length)
+    def _decode(self, n, reach, temperature):
+        """One token for each of the first n slots, of which none has gone beyond `reach` positions."""
+        rows, positions = torch.arange(n, device=self.device), self.state[:n, POSITION].long()
+        self.cache.begin(rows, positions, reach)
         hidden = self._hidden(self.ids[rows, positions][:, None], positions[:, None])[:, 0]  # (n, H)
         logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
         softcap = getattr(self.config, "final_logit_softcapping", None)
-        tokens, logprobs = self.draw(logits, state[:, KEY:], state[:, POSITION] + 1, temperature, softcap)
-        live = state[:, LIVE].bool()
-        state[:, POSITION] += live
-        positions = positions + live  # a finished sequence stays where it is, and its slot as it is
-        self.ids[rows, positions] = torch.where(live, tokens, self.ids[rows, positions])
-        self.logprobs[rows, positions] = torch.where(live, logprobs, self.logprobs[rows, positions])
-        ended = (tokens[:, None] == self.eos).any(dim=1) | (state[:, POSITION] >= state[:, LIMIT])
-        state[:, LIVE] = (live & ~ended).int()
+        self.advance(logits, self.state, self.ids, self.logprobs, self.eos, temperature, softcap)
 
     def _take(self, only_done):
         """Copies sequences out of their slots, the finished ones or all. Returns them."""
-        taken = []
-        for slot, (position, _, live, *_) in enumerate(self.state.tolist()):
-            c = self.active[slot]
-            if c is None or (live and only_done):
-                continue
-            span = slice(len(c.prompt_ids), position + 1)
-            c.token_ids, c.logprobs = (x[slot, span].cpu().numpy().copy() for x in (self.ids, self.logprobs))
+        state, taken = self.state.cpu().numpy(), []
+        slots = [slot for slot in self._used() if not (only_done and state[slot, LIVE])]
+        if slots:
+            width = state[slots, POSITION].max() + 1
+            ids, logprobs = (x[slots, :width].cpu().numpy() for x in (self.ids, self.logprobs))
+        for i, slot in enumerate(slots):
+            c, self.active[slot] = self.active[slot], None
+            span = slice(len(c.prompt_ids), state[slot, POSITION] + 1)
+            c.token_ids, c.logprobs = ids[i, span].copy(), logprobs[i, span].copy()
             if not np.isfinite(c.logprobs).all():
                 raise ValueError(f"prompt {c.prompt} of step {c.step}: the model's logits are not finite")
-            c.done, c.ended = not live, not live and int(c.token_ids[-1]) in self.eos_ids
-            self.active[slot] = None
+            c.done = not state[slot, LIVE]
+            c.ended = c.done and int(c.token_ids[-1]) in self.eos_ids
             taken.append(c)
         return taken
 
@@ -437,7 +386,7 @@ def _check_config(config, max_length):
 def _check_memory(model, cache, device, slots, max_length):
     """Before anything is allocated: is there room for the weights and the slots?"""
     weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    buffers = sum(x.nbytes for layer in cache.layers.values() for x in layer)
+    buffers = sum(x.nbytes for x in cache.buffers())
     host = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     if weights + buffers > free:
