@@ -33,6 +33,7 @@ Useful tokens are those of completions, the end token included. The ratio does n
 """
 
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -106,21 +107,10 @@ def prepare(args, work):
         num_attention_heads=heads, num_key_value_heads=heads, vocab_size=4096, max_position_embeddings=4096,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, tie_word_embeddings=False,
     )).float()  # fmt: skip
-    with torch.no_grad():  # feature 0 of the residual stream is 1 everywhere, and only the end token's logit sees it
-        model.get_input_embeddings().weight[:, 0] = 1.0
-        for layer in model.base_model.layers:
-            layer.self_attn.o_proj.weight[0] = 0.0
-            layer.mlp.down_proj.weight[0] = 0.0
-        head = model.get_output_embeddings().weight
-        (the,) = tokenizer.encode(f" {ANSWER}", add_special_tokens=False)
-        head[:, 0] = head[tokenizer.eos_token_id] = head[the] = 0.0
-        hidden = model.base_model(torch.randint(4096, (16, 64))).last_hidden_state
-        others = (hidden @ head.T).logsumexp(-1).mean().item()
-        head[the, 0] = (others + np.log(0.02)) / hidden[..., 0].mean()
-        for setting, logit in (("ragged", others - np.log(args.mean_length - 1)), ("fixed", others - 50.0)):
-            head[tokenizer.eos_token_id, 0] = logit / hidden[..., 0].mean()
-            model.save_pretrained(work / setting)
-            tokenizer.save_pretrained(work / setting)
+    for setting, mean_length in (("ragged", args.mean_length), ("fixed", None)):
+        set_ending(model, tokenizer, mean_length)
+        model.save_pretrained(work / setting)
+        tokenizer.save_pretrained(work / setting)
 
     chat, needed, chosen = common.ChatFormat(tokenizer), args.batch_size * args.steps, []
     for i in np.random.default_rng(args.seed).permutation(len(questions)):
@@ -130,6 +120,25 @@ def prepare(args, work):
     if len(chosen) < needed:
         sys.exit(f"error: {args.data} has {len(chosen)} prompts of up to {args.max_prompt} tokens, {needed} needed")
     (work / "rows.jsonl").write_text("".join(chosen), encoding="utf-8")
+
+
+def set_ending(model, tokenizer, mean_length):
+    """Every token ends a completion with probability 1 / mean_length (None: never) and is ANSWER in one of fifty."""
+    import torch
+
+    (the,) = tokenizer.encode(f" {ANSWER}", add_special_tokens=False)
+    with torch.no_grad():  # feature 0 of the residual stream is 1 everywhere, and only these two logits see it
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        for layer in model.base_model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        head = model.get_output_embeddings().weight
+        head[:, 0] = head[tokenizer.eos_token_id] = head[the] = 0.0
+        ids = torch.randint(4096, (16, 64), generator=torch.Generator().manual_seed(0))
+        hidden = model.base_model(ids.to(model.device)).last_hidden_state
+        others, feature = (hidden @ head.T).logsumexp(-1).mean().item(), hidden[..., 0].mean().item()
+        head[the, 0] = (others + math.log(0.02)) / feature
+        head[tokenizer.eos_token_id, 0] = (others - (math.log(mean_length - 1) if mean_length else 50.0)) / feature
 
 
 class PartClock(Clock):
@@ -158,8 +167,8 @@ class PartClock(Clock):
         setattr(owner, name, watched)
 
 
-def run_postcard(args, work, setting, slots, out):
-    """Runs grpo.py's main, with a clock around its logging."""
+def run_postcard(args, work, setting, slots, out, **flags):
+    """Runs grpo.py's main, with a clock around its logging. flags: further ones of grpo.py."""
     import grpo
 
     clock, start_logging = PartClock(out), grpo.start_logging
@@ -186,12 +195,12 @@ def run_postcard(args, work, setting, slots, out):
         model=str(work / setting), data=[str(work / "rows.jsonl")], out=str(out), active_sampling=0,
         max_length=args.max_prompt + args.max_new_tokens, max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size, group_size=args.group_size, lr=args.lr, lr_schedule="constant", seed=args.seed,
-        save_every=0, verifier_workers=1, **({"slots": slots} if slots else {}),
+        save_every=0, verifier_workers=1, **({"slots": slots} if slots else {}), **flags,
     ))  # fmt: skip
 
 
-def run_trl(args, work, setting, size, continuous, out):
-    """Trains with GRPOTrainer on grpo.py's prompts in their order."""
+def run_trl(args, work, setting, size, continuous, out, **options):
+    """Trains with GRPOTrainer on grpo.py's prompts in their order. options: of GRPOConfig, over those below."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -223,16 +232,16 @@ def run_trl(args, work, setting, size, continuous, out):
             clock.start()
 
     size = size or samples
+    options = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False} | options
     config = GRPOConfig(
         output_dir=str(out), max_steps=args.steps, seed=args.seed, shuffle_dataset=False,
         per_device_train_batch_size=size, gradient_accumulation_steps=samples // size,
         num_generations=args.group_size, max_completion_length=args.max_new_tokens, loss_type="dapo",
         scale_rewards="none", beta=0.0, epsilon=0.2, epsilon_high=0.272,
         use_transformers_continuous_batching=continuous,
-        bf16=False, gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False,
         learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32"}, **options,
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     trainer = GRPOTrainer(str(work / setting), contains, args=config, train_dataset=dataset, callbacks=[Log()])

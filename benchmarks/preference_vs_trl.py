@@ -151,8 +151,8 @@ def split(encoded):
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def run_postcard(args, work, task, variant, tokens_per_microbatch, out):
-    """Runs our script's main, with a clock around its logging."""
+def run_postcard(args, work, task, variant, tokens_per_microbatch, out, **flags):
+    """Runs our script's main, with a clock around its logging. flags: further ones of the script."""
     script = __import__(SCRIPTS[task])
     start_logging = script.start_logging
 
@@ -168,7 +168,7 @@ def run_postcard(args, work, task, variant, tokens_per_microbatch, out):
         return timed_log
 
     script.start_logging = timed_logging
-    settings = {"tokens_per_microbatch": tokens_per_microbatch} if tokens_per_microbatch else {}
+    settings = flags | ({"tokens_per_microbatch": tokens_per_microbatch} if tokens_per_microbatch else {})
     if task == "dpo":
         settings["beta"] = args.beta
     if variant == "last":
@@ -189,8 +189,8 @@ def last_turn_encoder(base):
     return LastTurnEncoder
 
 
-def run_trl(args, work, task, variant, size, out):
-    """Trains with TRL on the batches of our script."""
+def run_trl(args, work, task, variant, size, out, **options):
+    """Trains with TRL on the batches of our script. options: of its configuration, over those below."""
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -229,14 +229,14 @@ def run_trl(args, work, task, variant, size, out):
 
     size = size or args.batch_size
     special = {"beta": args.beta, "precompute_ref_log_probs": variant == "cached"} if task == "dpo" else {}
+    options = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False} | options
     config = (trl.DPOConfig if task == "dpo" else trl.RewardConfig)(
         output_dir=str(out), max_steps=args.steps, seed=args.seed, max_length=None,
         per_device_train_batch_size=size, gradient_accumulation_steps=args.batch_size // size,
         train_sampling_strategy="sequential",
-        bf16=False, gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False,
         learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"}, **special,
+        model_init_kwargs={"dtype": "float32"}, **special, **options,
     )  # fmt: skip
     model, trainer = ("model", EncodedDPOTrainer) if task == "dpo" else ("reward_model", trl.RewardTrainer)
     trainer(str(work / model), args=config, train_dataset=Dataset.from_list(ordered), callbacks=[Log()]).train()

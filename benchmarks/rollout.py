@@ -19,9 +19,7 @@ anything is timed, all decode greedily once, and the tokens have to be identical
 The contestants take turns in one process; the median over rounds counts. Useful tokens per second on the wall and per
 second of the process's CPU time, which is the fairer on a shared machine.
 
-On CUDA a second table: decode steps of a model of 1.5B parameters in bf16 with random weights, as a share of the floor,
-which is the time to read the weights and the keys and values once at the bandwidth that a copy reaches in the same run.
-It has not been run yet.
+A model of 1.5B parameters on a GPU, as a share of the time to read its weights once: benchmarks/gpu.py.
 """
 
 import json
@@ -39,7 +37,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, St
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels.sampler import LIMIT, LOOK_EVERY, Sampler  # noqa: E402
+from kernels.sampler import LIMIT, Sampler  # noqa: E402
 
 
 @dataclass
@@ -203,39 +201,6 @@ def compare(args, device):
     return facts | {"results": results}
 
 
-@torch.no_grad()
-def decode_floor(batch, context, seconds_of=5.0):
-    """Decode steps of 1.5B random weights on CUDA, all `batch` slots alive around `context` tokens; and the floor."""
-    config = LlamaConfig(
-        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    sampler = Sampler(config, batch, 2 * context, [], "cuda")
-    for parameter in sampler.model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for buffer in (buffer for layer in sampler.cache.layers.values() for buffer in layer):
-        buffer.normal_()
-    sampler.model.base_model.rotary_emb.to_empty(device="cuda")
-    sampler.model.base_model.rotary_emb.inv_freq.copy_(1e4 ** -(torch.arange(0, 128, 2) / 128))
-    start = torch.tensor([context - 32, 2 * context, 1, 0, 0], dtype=torch.int32, device="cuda")
-    sampler.state.copy_(start.expand(batch, 5))
-    sampler.active = [object()] * batch
-    sampler._run(1.0)  # captures
-    times = []
-    while sum(times) < seconds_of:
-        sampler.state[:, 0] = context - 32  # 16 steps around the middle of the length that the graph looks at
-        times.append(seconds(lambda: sampler._run(1.0))[0])
-    weights = sum(p.nbytes for p in sampler.model.parameters())
-    cache = sum(b[:, :, :context].nbytes for layer in sampler.cache.layers.values() for b in layer)
-    source, target = torch.empty(2, 2**31, dtype=torch.uint8, device="cuda").random_().unbind()
-    bandwidth = 2 * source.nbytes / min(seconds(lambda: target.copy_(source))[0] for _ in range(20))
-    step, floor = statistics.median(times) / LOOK_EVERY, (weights + cache) / bandwidth
-    return {
-        "batch": batch, "context": context, "step_seconds": step, "floor_seconds": floor,
-        "floor_over_time": floor / step, "tokens_per_second": batch / step, "bytes_per_second_of_copy": bandwidth,
-    }  # fmt: skip
-
-
 def main(args):
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,9 +209,6 @@ def main(args):
     for name, r in facts["ragged"]["results"].items():
         print(f"{name:20} {r['tokens_per_second']:8.0f} {r['ours_over_it_tokens_per_second']:8.2f} |"
               f" {r['tokens_per_cpu_second']:21.0f} {r['ours_over_it_tokens_per_cpu_second']:8.2f}")  # fmt: skip
-    if device == "cuda":
-        facts["decode"] = [decode_floor(batch, context) for batch in (64, 256) for context in (512, 2048)]
-        print(*facts["decode"], sep="\n")
     facts = environment("rollout.py", "kernels") | {"device": device, "settings": asdict(args)} | facts
     path = Path(args.out or ROOT / "benchmarks" / "results" / f"rollout_{device}.json")
     path.write_text(json.dumps(facts, indent=1) + "\n")

@@ -121,16 +121,18 @@ def train_tokenizer(texts):
 
 
 class Clock:
-    """Times steps and writes them, one JSON object a line, to steps.jsonl."""
+    """Times steps and writes them, one JSON object a line, to steps.jsonl. Waits for the GPU where there is one."""
 
     def __init__(self, out):
         self.file = open(out / "steps.jsonl", "w")
         self.start()
 
     def start(self):
+        wait_for_gpu()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def stop(self):
+        wait_for_gpu()
         self.seconds = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
 
     def write(self, entry):
@@ -138,8 +140,15 @@ class Clock:
         self.file.flush()
 
 
-def run_postcard(args, work, tokens_per_microbatch, out):
-    """Runs sft.py's main, with a clock around its logging."""
+def wait_for_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_postcard(args, work, tokens_per_microbatch, out, **flags):
+    """Runs sft.py's main, with a clock around its logging. flags: further ones of sft.py."""
     import sft
 
     start_logging = sft.start_logging
@@ -161,12 +170,12 @@ def run_postcard(args, work, tokens_per_microbatch, out):
     sft.main(sft.Args(
         model=str(work / "model"), data=[str(work / "rows.jsonl")], out=str(out), max_length=args.max_length,
         batch_size=args.batch_size, epochs=1, lr=args.lr, lr_schedule="constant", warmup_ratio=0, seed=args.seed,
-        save_every=0, **budget,
+        save_every=0, **budget, **flags,
     ))  # fmt: skip
 
 
-def run_trl(args, work, variant, out):
-    """Trains with SFTTrainer on sft.py's batches."""
+def run_trl(args, work, variant, out, **options):
+    """Trains with SFTTrainer on sft.py's batches. options: of SFTConfig, over those below."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -199,6 +208,7 @@ def run_trl(args, work, variant, out):
             self.clock.start()
 
     packing, blocks = kind == "packing", max(1, round(tokens / args.steps / args.max_length))
+    options = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False} | options
     config = SFTConfig(
         output_dir=str(out), max_steps=-1 if packing else args.steps, num_train_epochs=1, seed=args.seed,
         per_device_train_batch_size=1 if packing else int(size),
@@ -206,10 +216,9 @@ def run_trl(args, work, variant, out):
         packing=packing, padding_free=kind == "padding_free",
         max_length=args.max_length if packing else None,
         train_sampling_strategy="sequential", assistant_only_loss=True,
-        bf16=False, gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False,
         learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32"}, **options,
     )  # fmt: skip
     SFTTrainer(str(work / "model"), args=config, train_dataset=Dataset.from_list(ordered), callbacks=[Log()]).train()
 

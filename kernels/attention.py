@@ -13,11 +13,16 @@ transformers hands a registered function no mask; `cu_seq_lens_q` and `max_lengt
 them to the model's forward.
 """
 
+import inspect
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+
+# Fewer heads of keys and values than of queries: the kernel always could, torch 2.11 has no flag that it asks for.
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -121,16 +126,12 @@ def _softcapped(q, k, v, mask, scaling, dropout, softcap):
 
 
 def _varlen(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
-    from torch.nn.attention.varlen import varlen_attn
-
     if dropout:
         raise ValueError("--attn packed has no attention dropout on CUDA: use --attn packed_fa, or attention_dropout 0")
-    if query.shape[1] != key.shape[1]:  # torch 2.11's varlen_attn has no enable_gqa: repeat the key/value heads
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     output = varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, scale=scaling, window_size=window
+        query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, scale=scaling, window_size=window, **GQA
     )
     return output[None]  # (1, T, Hq, D)
 

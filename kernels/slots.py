@@ -219,6 +219,6 @@ if triton is not None:
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=precision)
             s = s * shrink + tl.sum(p, axis=1)
             m = new_m
-        place = (row + g) * K + part
-        tl.store(logsumexp + place, tl.where(s > 0, m + tl.log(s), -1e38), g < G)  # a part may be empty
-        tl.store(partial + place[:, None] * D + d[None, :], out / tl.maximum(s, 1e-37)[:, None], q_mask)
+        place, s = (row + g) * K + part, tl.maximum(s, 1e-37)  # a part may be empty: then m is -1e38, and its share 0
+        tl.store(logsumexp + place, m + tl.log(s), g < G)
+        tl.store(partial + place[:, None] * D + d[None, :], out / s[:, None], q_mask)
