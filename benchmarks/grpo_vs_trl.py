@@ -172,7 +172,7 @@ def run_postcard(args, work, setting, slots, out, **flags):
     import grpo
 
     clock, start_logging = PartClock(out), grpo.start_logging
-    clock.watch(grpo, "rollout", "rollout")
+    clock.watch(grpo, "sample_and_judge", "rollout")
     clock.watch(grpo.Sampler, "sync", "rollout")
     clock.watch(grpo, "set_advantages", "rollout")
     clock.watch(grpo.Sampler, "sample", "generate")
