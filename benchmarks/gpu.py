@@ -14,12 +14,12 @@ one. A contestant that cannot run, or for which no time is left, is listed with 
     check     varlen attention, attention over slots, the head: against float64. A failure ends the benchmark
     head      benchmarks/head.py at its three shapes
     sft       a Llama of 1.5B parameters in its layers' matrices and head, packed 8k tokens, bf16 with float32 masters;
-              compiled or not, activation checkpointing or not, 16k tokens; TRL with packing and Liger. And 4B, where the
-              card's memory is enough
+              compiled or not, activation checkpointing or not, 16k tokens; TRL with packing and Liger. And 4B, where
+              the card's memory is enough
     dpo       the same model, pairs of about 1,000 tokens a side; TRL with its reference precomputed
     sampler   decode steps, 64 and 256 sequences at a context of 512 and 2048, against the floor (weights, keys and
-              values read once at the copy's rate) and against a step of `generate` with its dynamic cache; the largest and
-              the mean gap between sampled and recomputed log-probabilities
+              values read once at the copy's rate) and against a step of `generate` with its dynamic cache; the largest
+              and the mean gap between sampled and recomputed log-probabilities
     grpo      whole steps, completions of 200 tokens on average and 512 at most; TRL with transformers' generation
 
 MFU counts what the model needs, not what is recomputed: 6 N per token for the layers' matrices (N parameters) and the
@@ -96,7 +96,7 @@ def device():
 
 def text(random, words):
     """So many words out of 5,000 that are made of syllables."""
-    syllables = ["ba", "do", "ki", "lu", "me", "no", "ra", "si", "ta", "ve", "zu", "pe", "go", "hi", "fa", "wo", "cu", "jy"]
+    syllables = "ba do ki lu me no ra si ta ve zu pe go hi fa wo cu jy".split()
     return " ".join("".join(syllables[w // 18**i % 18] for i in range(3)) for w in random.integers(0, 5000, words))
 
 
@@ -288,7 +288,8 @@ def train(args, part, name, size, work, out):
     if name.startswith("trl"):
         result["attention"] = "flash_attention_2" if flash else "transformers' default"
     if part == "grpo":
-        result |= {key: statistics.median(step[key] for step in timed) for key in ("generate_seconds", "rollout_seconds")}
+        for key in ("generate_seconds", "rollout_seconds"):
+            result[key] = statistics.median(step[key] for step in timed)
         result["mean_length"] = statistics.mean(step["mean_length"] for step in timed)
     if cuda:
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -391,13 +392,13 @@ def child(args, part, name, size, work, out):
 
 
 def plan(args, memory):
-    """[(part, contestant, model size)], what decides first; and {(part, contestant, size): reason} of what cannot run."""
+    """[(part, contestant, model size)], what decides first; and {the same: reason} of what cannot run."""
     from importlib.util import find_spec
 
     shapes = ["64,32,128"] if args.dry else ["8192,2048,128256", "16384,4096,128256", "16384,2560,151936"]
     everything = [("head", shape, "1.5b") for shape in shapes]
-    sft = ["ours_compiled", "trl_liger", "ours", "ours_compiled_16k", "ours_compiled_checkpointing", "trl_checkpointing"]
-    everything += [("sft", name, "1.5b") for name in sft]
+    everything += [("sft", name, "1.5b") for name in ("ours_compiled", "trl_liger", "ours", "ours_compiled_16k")]
+    everything += [("sft", name, "1.5b") for name in ("ours_compiled_checkpointing", "trl_checkpointing")]
     everything += [("dpo", name, "1.5b") for name in ("ours_compiled", "trl")]
     everything += [("sampler", name, "1.5b") for name in ("ours", "generate")]
     everything += [("grpo", name, "1.5b") for name in ("ours_compiled", "trl")]
@@ -421,8 +422,8 @@ def plan(args, memory):
 
 def main(args):
     started = time.time()
-    facts = environment("gpu.py", "sft.py", "dpo.py", "grpo.py", "common.py", "kernels",
-                        packages=("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn"))  # fmt: skip
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
+    facts = environment("gpu.py", "sft.py", "dpo.py", "grpo.py", "common.py", "kernels", packages=packages)
     facts |= {"settings": asdict(args), "results": []}
 
     with tempfile.TemporaryDirectory() as work:
@@ -433,7 +434,8 @@ def main(args):
             out.mkdir()
             command = [sys.executable, __file__, "--child", json.dumps(asdict(args)), part, name, size, work, str(out)]
             env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(Path(work, "cache"))}
-            env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+            env |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
             began = time.time()
             if left < 20:
                 entry["not_run"] = "no time was left"
@@ -452,7 +454,8 @@ def main(args):
             facts["results"].append(entry)
             facts["minutes"] = (time.time() - started) / 60
             Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")
-            print(f"{time.time() - started:5.0f} s  {part} {name} {size}: {entry.get('not_run', 'measured')}", flush=True)
+            done = entry.get("not_run", "measured")
+            print(f"{time.time() - started:5.0f} s  {part} {name} {size}: {done}", flush=True)
             return entry
 
         facts["card"] = measure("card")
@@ -462,7 +465,8 @@ def main(args):
         prepared = {}
         for part, name, size in entries:
             if (part, name, size) in missing:
-                facts["results"].append({"part": part, "name": name, "size": size, "not_run": missing[part, name, size]})
+                reason = missing[part, name, size]
+                facts["results"].append({"part": part, "name": name, "size": size, "not_run": reason})
                 continue
             if part != "head" and size not in prepared:
                 prepared[size] = measure("prepare", size=size)
@@ -480,8 +484,8 @@ def report(facts):
     flops = {size: r.get("sft_flops_per_token") for (part, _, size), r in results.items() if part == "prepare"}
     print(f"\n{facts['card']['name']}: products {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
     facts["differences"] = []
-    for (part, name, size), r in results.items():
-        if part == "head" and "markdown" in r:
+    for r in facts["results"]:
+        if "markdown" in r:
             print(f"\n{r.pop('markdown')}")
     print("\n| | tokens/s | ours / it | MFU | s/step | peak GiB | first step, s |\n|---|---|---|---|---|---|---|")
     for (part, name, size), r in results.items():
@@ -495,9 +499,10 @@ def report(facts):
         r["ours_over_it"] = ours.get("tokens_per_second", math.nan) / r["tokens_per_second"]
         if part == "sft" and flops.get(size):
             r["mfu"] = flops[size] * r["tokens_per_second"] / rate
-        print(f"| {part} {size} {name} | {r['tokens_per_second']:,.0f} | {r['ours_over_it']:.2f} | "
-              + (f"{r['mfu']:.3f}" if "mfu" in r else "")
-              + f" | {r['seconds_per_step']:.3f} | {r.get('peak_bytes', 0) / 2**30:.1f} | {r['first_step_seconds']:.1f} |")  # fmt: skip
+        cells = [f"{part} {size} {name}", f"{r['tokens_per_second']:,.0f}", f"{r['ours_over_it']:.2f}"]
+        cells += [f"{r['mfu']:.3f}" if "mfu" in r else "", f"{r['seconds_per_step']:.3f}"]
+        cells += [f"{r.get('peak_bytes', 0) / 2**30:.1f}", f"{r['first_step_seconds']:.1f}"]
+        print(f"| {' | '.join(cells)} |")
         if part != "grpo" and ours:  # GRPO's samples differ
             same_batches = name.startswith("ours") or part == "dpo"
             pairs = list(zip(r["losses"], ours["losses"], strict=False)) if same_batches else [
@@ -505,16 +510,17 @@ def report(facts):
             r["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
             if r["loss_difference"] > (0.02 if same_batches else 0.1):
                 facts["differences"].append(f"{part} {size} {name}: losses differ by {r['loss_difference']:.2g}")
-    print("\n| decode | sequences | context | tokens/s | share of the floor | ours / generate |\n|---|---|---|---|---|---|")
+    print("\n| sequences | context | tokens/s | share of the floor | ours / generate |\n|---|---|---|---|---|")
     ours, theirs = (results.get(("sampler", name, "1.5b"), {}).get("decode", []) for name in ("ours", "generate"))
     for i, r in enumerate(ours):
         r["floor_over_time"] = r["floor_bytes"] / bandwidth / r["step_seconds"]
         if i < len(theirs):
             r["ours_over_generate"] = r["tokens_per_second"] / theirs[i]["tokens_per_second"]
-        print(f"| | {r['batch']} | {r['context']} | {r['tokens_per_second']:,.0f} | {r['floor_over_time']:.2f} | "
+        print(f"| {r['batch']} | {r['context']} | {r['tokens_per_second']:,.0f} | {r['floor_over_time']:.2f} | "
               f"{r.get('ours_over_generate', math.nan):.2f} |")  # fmt: skip
-    for key in ("gap_max", "gap_mean"):
-        print(f"{key} of sampled and recomputed log-probabilities: {results.get(('sampler', 'ours', '1.5b'), {}).get(key)}")
+    gaps = results.get(("sampler", "ours", "1.5b"), {})
+    largest, mean = gaps.get("gap_max"), gaps.get("gap_mean")
+    print(f"sampled and recomputed log-probabilities: {largest} apart at most, {mean} on average")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_vs_trl import Clock, environment, run, summarise, train_tokenizer
+from sft_vs_trl import ON_CPU, Clock, environment, run, summarise, train_tokenizer
 
 IMPORTS = {"postcard": "import grpo", "trl": "import common; from trl import GRPOConfig, GRPOTrainer"}
 PARTS = ("rollout", "generate")
@@ -232,7 +232,7 @@ def run_trl(args, work, setting, size, continuous, out, **options):
             clock.start()
 
     size = size or samples
-    options = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False} | options
+    options = ON_CPU | options
     config = GRPOConfig(
         output_dir=str(out), max_steps=args.steps, seed=args.seed, shuffle_dataset=False,
         per_device_train_batch_size=size, gradient_accumulation_steps=samples // size,

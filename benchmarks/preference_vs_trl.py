@@ -41,7 +41,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_vs_trl import ROOT, Clock, environment, largest_difference, run, summarise, train_tokenizer
+from sft_vs_trl import ON_CPU, ROOT, Clock, environment, largest_difference, run, summarise, train_tokenizer
 
 SCRIPTS = {"dpo": "dpo", "reward": "reward_model", "sft": "sft"}
 TRAINERS = {"dpo": "DPOConfig, DPOTrainer", "reward": "RewardConfig, RewardTrainer"}
@@ -229,7 +229,7 @@ def run_trl(args, work, task, variant, size, out, **options):
 
     size = size or args.batch_size
     special = {"beta": args.beta, "precompute_ref_log_probs": variant == "cached"} if task == "dpo" else {}
-    options = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False} | options
+    options = ON_CPU | options
     config = (trl.DPOConfig if task == "dpo" else trl.RewardConfig)(
         output_dir=str(out), max_steps=args.steps, seed=args.seed, max_length=None,
         per_device_train_batch_size=size, gradient_accumulation_steps=args.batch_size // size,

@@ -38,6 +38,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# TRL's settings there; benchmarks/gpu.py has others.
+ON_CPU = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False}
 IMPORTS = {"postcard": "import sft", "trl": "import common; from trl import SFTConfig, SFTTrainer"}
 
 
@@ -208,7 +210,7 @@ def run_trl(args, work, variant, out, **options):
             self.clock.start()
 
     packing, blocks = kind == "packing", max(1, round(tokens / args.steps / args.max_length))
-    options = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False} | options
+    options = ON_CPU | options
     config = SFTConfig(
         output_dir=str(out), max_steps=-1 if packing else args.steps, num_train_epochs=1, seed=args.seed,
         per_device_train_batch_size=1 if packing else int(size),

@@ -257,7 +257,7 @@ class Sampler:
         while free and waiting:
             c = waiting.popleft()
             ids = np.concatenate([c.prompt_ids, c.token_ids])
-            # A prompt's samples wait side by side, so its keys and values are still in the slot that they were prefilled
+            # A prompt's samples wait side by side, so its keys and values are still in the slot that it was prefilled
             # to; that one is taken first when it is free, lest another prompt gets it in this very call.
             key, source = self.newest
             slot = free.pop(free.index(source) if source in free else 0)
@@ -322,7 +322,7 @@ class Sampler:
         return self.model.base_model(input_ids=ids, position_ids=positions, **kwargs).last_hidden_state
 
     def _compile(self):
-        """Compiles what a decode step does: each decoder layer, and the draw. The first step of each size pays for it."""
+        """Compiles what a decode step does: each decoder layer, and the draw; at the first step of each size."""
         for layer in self.model.base_model.layers:
             layer.compile(dynamic=False)
         self.advance = torch.compile(_advance, dynamic=False)

@@ -130,6 +130,7 @@ AttentionInterface.register("slots", slot_attention)
 
 
 def use_triton(query):
+    """Whether the kernel takes this; masked attention in PyTorch takes all else."""
     return triton is not None and query.is_cuda
 
 
@@ -154,10 +155,10 @@ def _partial_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scaling: float, window: int,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention to each of K parts of what a sequence looks at: outputs (n, Hq, K, D), log-sum-exp of scores (n, Hq, K).
+    """Attention to each of K parts of what a sequence looks at: outputs (n, Hq, K, D), logsumexp of scores (n, Hq, K).
 
-    Few sequences with few heads would leave most of a GPU idle; so a sequence is cut into parts, which are then weighted
-    by their share of the softmax ("flash decoding", Dao et al. 2023).
+    Few sequences with few heads would leave most of a GPU idle; so a sequence is cut into parts, which are weighted
+    afterwards by their share of the softmax ("flash decoding", Dao et al. 2023).
     """
     n, Hq, D = query.shape
     Hkv, query = keys.shape[1], query.contiguous()
@@ -213,7 +214,7 @@ if triton is not None:
                 scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
             scores = tl.where(t[None, :] < end, scores, -1e38)
             new_m = tl.maximum(m, tl.max(scores, axis=1))
-            p = tl.where(t[None, :] < end, tl.exp(scores - new_m[:, None]), 0.0)
+            p = tl.exp(scores - new_m[:, None])  # 0 beyond the end
             shrink = tl.exp(m - new_m)
             v = tl.load(values + offsets, inside, other=0.0)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=precision)
