@@ -20,4 +20,4 @@ test-slow: .venv/installed  ## many more kills, torch.compile, two processes: ru
 	$(PYTHON) -m pytest -m slow
 
 test-cuda: .venv/installed  ## what needs a CUDA device; with PyTorch for CUDA in the .venv
-	CUDA_TESTS=1 $(PYTHON) -m pytest tests/test_cuda.py tests/test_head.py
+	CUDA_TESTS=1 $(PYTHON) -m pytest tests/test_cuda.py tests/test_head.py tests/test_slots.py

@@ -17,11 +17,13 @@ from conftest import assistant, tokenizer_folder, user, write_jsonl
 from launch import call, metrics
 from test_kernels import tiny_config
 from test_sampler import make_prompts
+from test_slots import definition_as_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import common
 import grpo
 import kernels.attention
+import kernels.slots
 import ppo_rlvr
 import sft
 from kernels.head import linear_cross_entropy, linear_logprobs
@@ -122,6 +124,43 @@ def test_graphs_sample_what_the_model_would(family):
     assert same > 0.8  # in bf16 near ties may fall either way
 
 
+@pytest.mark.parametrize(("n", "Hq", "Hkv", "D"), [(64, 12, 2, 128), (3, 32, 8, 128), (256, 16, 16, 64)])
+def test_attention_over_slots_at_real_shapes(n, Hq, Hkv, D):
+    """The compiled kernel with one and many splits, against float64 over the same slots."""
+    n, L = (2, 70) if DRY else (n, 700)
+    torch.manual_seed(0)
+    query = torch.randn(n, Hq, D, device=DEVICE, dtype=BF16)
+    keys, values = torch.randn(2, n, Hkv, L, D, device=DEVICE, dtype=BF16)
+    positions = torch.randint(L, (n,), device=DEVICE)
+    function = definition_as_kernel if DRY else kernels.slots._partial_attention
+    k, v = (x.double() for x in (keys, values))
+    for window in (None, 33):
+        seen = (torch.arange(L, device=DEVICE) <= positions[:, None]) & (positions[:, None] - torch.arange(L, device=DEVICE) < (window or L))
+        q = query.double().view(n, Hkv, -1, D)
+        scores = (q @ k.transpose(2, 3) * D**-0.5).masked_fill(~seen[:, None, None], -torch.inf)
+        expected = (scores.softmax(-1) @ v).view(n, Hq, D)
+        arguments = (query, keys, values, positions) if not DRY else (query.float(), keys.float(), values.float(), positions)
+        partial, logsumexp = function(*arguments, D**-0.5, window or L, 0.0)
+        assert relative((partial * logsumexp.softmax(2)[..., None]).sum(2), expected) < 1e-2
+
+
+def test_graphs_are_few_and_follow_new_weights():
+    """After `sync`, graphs that were captured before it decode with the new weights: buffers stay where they are."""
+    config = tiny_config("llama", 128, True)
+    prompts, sampler = make_prompts([5, 30, 1, 12]), Sampler(config, 64, 128, [], DEVICE)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=BF16 if DEVICE == "cuda" else None)
+        policy = grpo.Policy(model.to(DEVICE))
+        sampler.sync(policy)
+        for c in sampler.sample(prompts, 8, 20, seed=seed):
+            ids = np.concatenate([c.prompt_ids, c.token_ids])
+            logprobs, _ = policy(common.pack([(ids, np.arange(len(ids)) >= len(c.prompt_ids))], DEVICE), 1.0)
+            gap = np.abs(logprobs[logprobs != 0].float().detach().cpu().numpy() - c.logprobs).max()
+            assert gap < (0.2 if DEVICE == "cuda" else 1e-4)
+    assert DEVICE == "cpu" or len(sampler.graphs) <= len(sampler.sizes) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -178,6 +217,7 @@ def test_master_weights_are_float32_and_computation_is_bf16(start, monkeypatch):
         optimizer = sft.make_optimizer(args, policy)
         policy(common.pack([(np.arange(9), np.arange(9) > 3)], device)).backward()
         optimizer.step()
+        assert sft.all_sum(torch.ones((), device=device), 2) == [1.0, 2.0]  # a world of one, over NCCL on CUDA
         assert set(seen) == {(BF16, BF16) if DEVICE == "cuda" else (torch.float32, torch.float32)}
         assert {p.dtype for p in policy.parameters()} == {p.grad.dtype for p in policy.parameters()} == {torch.float32}
         assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
@@ -197,6 +237,19 @@ def test_how_it_is_computed_changes_little(start, tmp_path, flags):
     call(sft, out=tmp_path / "plain", **plain)
     call(sft, out=tmp_path / "run", **plain | flags)
     np.testing.assert_allclose(losses(tmp_path / "run")[:4], losses(tmp_path / "plain")[:4], rtol=1e-2)
+
+
+@pytest.mark.skipif(DRY, reason="tests/test_rehearsal.py has what a CPU can show of it")
+def test_compiled_layers_have_no_break_and_few_shapes(start, tmp_path):
+    """Microbatches of many lengths under FSDP2: torch.compile does not give up (it would after eight shapes)."""
+    no_dropout = AutoModelForCausalLM.from_pretrained(start["model"], attention_dropout=0.0)
+    no_dropout.save_pretrained(tmp_path / "model")
+    common.load_tokenizer(start["model"]).save_pretrained(tmp_path / "model")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    call(sft, out=tmp_path / "run", **start | {"model": tmp_path / "model", "compile": True, "tokens_per_microbatch": 60})
+    assert not counters["graph_break"] and 0 < counters["stats"]["unique_graphs"] <= 3
 
 
 def test_a_run_continues_with_its_dropout(start, reference, tmp_path, monkeypatch):
