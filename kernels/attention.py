@@ -75,7 +75,7 @@ def packed_attention_fa(
     from flash_attn import flash_attn_varlen_func
 
     _check("packed_fa", query, attention_mask, cu_seq_lens_q, kwargs)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
     output = flash_attn_varlen_func(
         query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout_p=dropout,
@@ -128,7 +128,7 @@ def _softcapped(q, k, v, mask, scaling, dropout, softcap):
 def _varlen(query, key, value, scaling, dropout, sliding_window, cu_seqlens, max_length):
     if dropout:
         raise ValueError("--attn packed has no attention dropout on CUDA: use --attn packed_fa, or attention_dropout 0")
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     output = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, scale=scaling, window_size=window, **GQA
