@@ -31,6 +31,8 @@ over the timed steps is (10 %). TRL attends with flash-attn if installed, otherw
 which.
 """
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -239,45 +241,25 @@ def train(args, part, name, size, work, out):
     clock_out = out / "run"
     clock_out.mkdir()
     cuda = device() == "cuda"
-    theirs = {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": "checkpointing" in name}
-    theirs |= {"use_liger_kernel": True} if "liger" in name else {}
-    if flash := name.startswith("trl") and has_flash():
-        theirs["model_init_kwargs"] = {"dtype": "float32", "attn_implementation": "flash_attention_2"}
-    if part == "sft":
-        import sft_vs_trl as benchmark
-
-        if name.startswith("ours"):
-            import sft as script
-
-            run = lambda: benchmark.run_postcard(settings, out, None, clock_out, **OURS[name])  # noqa: E731
-        else:
-            settings.max_length = 8192 if not args.dry else 256  # of a packed block
-            run = lambda: benchmark.run_trl(settings, out, "packing", clock_out, **theirs)  # noqa: E731
-    elif part == "dpo":
-        import preference_vs_trl as benchmark
-
-        if name.startswith("ours"):
-            import dpo as script
-
-            run = lambda: benchmark.run_postcard(settings, out, "dpo", "", None, clock_out, **OURS[name])  # noqa: E731
-        else:
-            run = lambda: benchmark.run_trl(settings, out, "dpo", "cached", 4 if cuda else 1, clock_out, **theirs)  # noqa: E731
-    else:
-        import grpo_vs_trl as benchmark
-
-        if name.startswith("ours"):
-            import grpo as script
-
-            slots = 8 if args.dry else 128
-            run = lambda: benchmark.run_postcard(settings, out, "model", slots, clock_out, **OURS[name])  # noqa: E731
-        else:
-            run = lambda: benchmark.run_trl(settings, out, "model", 8 if cuda else 2, False, clock_out, **theirs)  # noqa: E731
+    benchmark, script, ours, theirs = {
+        "sft": ("sft_vs_trl", "sft", [None], ["packing"]),
+        "dpo": ("preference_vs_trl", "dpo", ["dpo", "", None], ["dpo", "cached", 4 if cuda else 1]),
+        "grpo": ("grpo_vs_trl", "grpo", ["model", 8 if args.dry else 128], ["model", 8 if cuda else 2, False]),
+    }[part]
+    benchmark = importlib.import_module(benchmark)
+    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else None  # None: transformers' default
     if name.startswith("ours"):
-        stop_after(script, args.steps)
-    try:
-        run()
-    except Enough:
-        pass
+        stop_after(importlib.import_module(script), args.steps)
+        with contextlib.suppress(Enough):
+            benchmark.run_postcard(settings, out, *ours, clock_out, **OURS[name])
+    else:
+        options = {"bf16": cuda, "use_cpu": not cuda, "dataloader_pin_memory": cuda}
+        options |= {"gradient_checkpointing": "checkpointing" in name}
+        options |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": attention}}
+        options |= {"use_liger_kernel": True} if "liger" in name else {}
+        if part == "sft":
+            settings.max_length = 256 if args.dry else 8192  # of a packed block
+        benchmark.run_trl(settings, out, *theirs, clock_out, **options)
     steps = [json.loads(line) for line in open(clock_out / "steps.jsonl")]
     timed = steps[min(args.warmup, len(steps) - 1) :]
     rates = [step["tokens"] / step["seconds"] for step in timed]
@@ -286,7 +268,7 @@ def train(args, part, name, size, work, out):
               "tokens_per_step": statistics.mean(step["tokens"] for step in timed),
               "losses": [step["loss"] for step in steps], "first_step_seconds": steps[0]["seconds"]}  # fmt: skip
     if name.startswith("trl"):
-        result["attention"] = "flash_attention_2" if flash else "transformers' default"
+        result["attention"] = attention or "transformers' default"
     if part == "grpo":
         for key in ("generate_seconds", "rollout_seconds"):
             result[key] = statistics.median(step[key] for step in timed)
@@ -294,12 +276,6 @@ def train(args, part, name, size, work, out):
     if cuda:
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
-
-
-def has_flash():
-    import importlib.util
-
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 def load_policy(work, size, attention):
@@ -393,8 +369,6 @@ def child(args, part, name, size, work, out):
 
 def plan(args, memory):
     """[(part, contestant, model size)], what decides first; and {the same: reason} of what cannot run."""
-    from importlib.util import find_spec
-
     shapes = ["64,32,128"] if args.dry else ["8192,2048,128256", "16384,4096,128256", "16384,2560,151936"]
     everything = [("head", shape, "1.5b") for shape in shapes]
     everything += [("sft", name, "1.5b") for name in ("ours_compiled", "trl_liger", "ours", "ours_compiled_16k")]
@@ -407,7 +381,7 @@ def plan(args, memory):
     for entry in everything:
         part, name, size = entry
         package = NEEDED.get(name)
-        if package and find_spec(package.replace("-", "_")) is None:
+        if package and importlib.util.find_spec(package.replace("-", "_")) is None:
             missing[entry] = f"{package} is not installed"
         elif "liger" in name and not memory:
             missing[entry] = "Liger's kernels need CUDA"

@@ -241,7 +241,7 @@ def run_trl(args, work, setting, size, continuous, out, **options):
         use_transformers_continuous_batching=continuous,
         learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"}, **options,
+        **options,
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     trainer = GRPOTrainer(str(work / setting), contains, args=config, train_dataset=dataset, callbacks=[Log()])

@@ -236,7 +236,7 @@ def run_trl(args, work, task, variant, size, out, **options):
         train_sampling_strategy="sequential",
         learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"}, **special, **options,
+        **special, **options,
     )  # fmt: skip
     model, trainer = ("model", EncodedDPOTrainer) if task == "dpo" else ("reward_model", trl.RewardTrainer)
     trainer(str(work / model), args=config, train_dataset=Dataset.from_list(ordered), callbacks=[Log()]).train()

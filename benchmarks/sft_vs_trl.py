@@ -40,6 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # TRL's settings there; benchmarks/gpu.py has others.
 ON_CPU = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False}
+ON_CPU["model_init_kwargs"] = {"dtype": "float32"}
 IMPORTS = {"postcard": "import sft", "trl": "import common; from trl import SFTConfig, SFTTrainer"}
 
 
@@ -220,7 +221,7 @@ def run_trl(args, work, variant, out, **options):
         train_sampling_strategy="sequential", assistant_only_loss=True,
         learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"}, **options,
+        **options,
     )  # fmt: skip
     SFTTrainer(str(work / "model"), args=config, train_dataset=Dataset.from_list(ordered), callbacks=[Log()]).train()
 
