@@ -243,6 +243,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": precision if device.type == "cuda" else MixedPrecisionPolicy()}
+    torch._dynamo.config.recompile_limit = 64  # graphs of a layer: kinds, shapes, gradient or none; then it gives up
     for layer in model.base_model.layers:
         if args.compile:
             layer.compile()

@@ -267,7 +267,10 @@ def environment(benchmark, *sources, packages=("torch", "transformers", "dataset
     from importlib.metadata import distributions
 
     def git(*words):
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        except OSError:  # not installed
+            return None
 
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     installed = {d.metadata["Name"]: d.version for d in distributions()}

@@ -32,7 +32,7 @@ PAPER_DEFAULTS = {
 # Code lines (no blanks, comments, docstrings). A ratchet: lower a number when a file shrinks, and raise none without a
 # reason in docs/design.md.
 MAX_CODE_LINES = {
-    "sft.py": 382, "reward_model.py": 420, "dpo.py": 458, "grpo.py": 663, "ppo_rlvr.py": 749, "common.py": 608, "rewards.py": 291, "ifeval.py": 256, "pool.py": 244, "sandbox.py": 385, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
+    "sft.py": 383, "reward_model.py": 421, "dpo.py": 459, "grpo.py": 664, "ppo_rlvr.py": 750, "common.py": 608, "rewards.py": 291, "ifeval.py": 256, "pool.py": 244, "sandbox.py": 385, "kernels/attention.py": 79, "kernels/head.py": 133, "kernels/rows.py": 107,
     "kernels/sampler.py": 271, "kernels/slots.py": 136,
 }  # fmt: skip
 MAX_HELPER, MAX_MAIN, MAX_NESTING, MAX_LINE = 40, 170, 3, 120
