@@ -134,7 +134,7 @@ for D in (64, 128, 256):
         signature = {n: "constexpr" if n in constants else pointers.get(n, floats.get(n, "i32")) for n in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
         binary = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "num_stages": 3})
-        assert "mma.sync" in binary.asm["ptx"] and ".local" not in binary.asm["ptx"]  # tensor cores, no local memory
+        assert "mma.sync" in binary.asm["ptx"] and ".local" not in binary.asm["ptx"]  # tensor cores, no arrays in local memory
         assert binary.metadata.shared <= 227 * 1024, binary.metadata.shared
 """
 
