@@ -2,7 +2,7 @@
 
     pip install -r requirements-bench.txt
     python benchmarks/gpu.py                         nine minutes at most; tables, and benchmarks/results/gpu.json
-    python benchmarks/gpu.py --dry --out /tmp/x.json the same code with tiny sizes on a CPU: proves nothing about speed
+    python benchmarks/gpu.py --dry --out dry.json    the same code with tiny sizes on a CPU: proves nothing about speed
 
 Each contestant is a process of its own and runs the real thing: `main` of sft.py, dpo.py or grpo.py, or `train()` of
 TRL's trainer, with the clocks of sft_vs_trl.py, preference_vs_trl.py and grpo_vs_trl.py. They run one after another on
