@@ -10,7 +10,7 @@ and values alone; the attention function registered under the name `slots` store
 calling layer (so a compiled layer needs to know nothing of its number, and is compiled once for all layers).
 
 Shapes:  B slots, n the first of them that are in use, L positions of a slot, D head size, T tokens in one call,
-Hq and Hkv heads of queries and of keys and values, G = Hq / Hkv, K splits.
+Hq and Hkv heads of queries and of keys and values, G = Hq / Hkv, K parts of a sequence.
 """
 
 import torch
@@ -50,6 +50,7 @@ class Slots:
         self.rows, self.positions, self.reach, self.masks = rows, positions, reach, {}
 
     def update(self, key, value, layer, *args, **kwargs):
+        """What transformers calls; keys and values are stored by `slot_attention`, which knows the calling module."""
         return key, value
 
     def store(self, module, key, value):
@@ -135,7 +136,7 @@ def use_triton(query):
 
 
 def triton_attention(query, keys, values, positions, scaling, window=None, softcap=None):
-    """The kernel below, and the sum over splits.
+    """The kernel below, and the sum over parts.
 
     Args:
         query: (n, Hq, D). keys, values: (B, Hkv, L, D). positions: (n,) int64, last position that is looked at.
@@ -150,6 +151,14 @@ def triton_attention(query, keys, values, positions, scaling, window=None, softc
     return (partial * weights).sum(dim=2).to(query.dtype)
 
 
+def _empty_outputs(query, keys):
+    """What the operator below fills; here it is decided into how many parts K a sequence is cut."""
+    n, Hq, D = query.shape
+    K = max(1, min(32, PROGRAMS // (n * keys.shape[1])))
+    options = {"dtype": torch.float32, "device": query.device}
+    return torch.empty(n, Hq, K, D, **options), torch.empty(n, Hq, K, **options)
+
+
 @torch.library.custom_op("postcard::partial_attention", mutates_args=())
 def _partial_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scaling: float, window: int,
@@ -160,11 +169,9 @@ def _partial_attention(
     Few sequences with few heads would leave most of a GPU idle; so a sequence is cut into parts, which are weighted
     afterwards by their share of the softmax ("flash decoding", Dao et al. 2023).
     """
-    n, Hq, D = query.shape
+    partial, logsumexp = _empty_outputs(query, keys)
+    n, Hq, K, D = partial.shape
     Hkv, query = keys.shape[1], query.contiguous()
-    K = max(1, min(32, PROGRAMS // (n * Hkv)))
-    partial = torch.empty(n, Hq, K, D, dtype=torch.float32, device=query.device)
-    logsumexp = torch.empty(n, Hq, K, dtype=torch.float32, device=query.device)
     _attention_kernel[n, Hkv, K](
         query, keys, values, positions, partial, logsumexp, keys.stride(0), keys.stride(1), scaling, window, softcap,
         Hq // Hkv, D, K, HAS_SOFTCAP=softcap > 0, BLOCK_G=max(16, triton.next_power_of_2(Hq // Hkv)),
@@ -176,10 +183,7 @@ def _partial_attention(
 
 @_partial_attention.register_fake
 def _(query, keys, values, positions, scaling, window, softcap):
-    n, Hq, D = query.shape
-    K = max(1, min(32, PROGRAMS // (n * keys.shape[1])))
-    options = {"dtype": torch.float32, "device": query.device}
-    return torch.empty(n, Hq, K, D, **options), torch.empty(n, Hq, K, **options)
+    return _empty_outputs(query, keys)
 
 
 if triton is not None:

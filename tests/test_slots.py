@@ -60,10 +60,10 @@ def test_kernel_equals_the_definition(dtype, window, softcap, Hq, Hkv, D, progra
 
 
 def definition_as_kernel(query, keys, values, positions, scaling, window, softcap):
-    """What the custom operator returns, in PyTorch: all in the first of K splits, the others empty."""
+    """What the custom operator returns, in PyTorch: all in the first of K parts, the others empty."""
     n, Hq, D = query.shape
-    K = max(1, min(32, kernels.slots.PROGRAMS // (n * keys.shape[1])))
-    partial, logsumexp = torch.zeros(n, Hq, K, D), torch.full((n, Hq, K), -1e38)
+    partial, logsumexp = kernels.slots._empty_outputs(query, keys)
+    partial.zero_(), logsumexp.fill_(-1e38)
     t, q = torch.arange(keys.shape[2]), query.reshape(n, keys.shape[1], -1, D)
     scores = q @ keys[:n].transpose(2, 3) * scaling
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
