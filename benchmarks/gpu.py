@@ -61,8 +61,8 @@ NEEDED = {"trl_liger": ("trl", "liger-kernel"), "trl": ("trl",), "trl_checkpoint
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = ("card", "check", "head", "sft", "dpo", "sampler", "grpo")
-    """what to measure, in this order"""
+    parts: tuple[str, ...] = ("check", "head", "sft", "dpo", "sampler", "grpo")
+    """what to measure; the card's rates always are"""
     seconds: float = 540.0
     """no contestant is started when less than 20 of so many seconds are left; one that exceeds them is ended"""
     steps: int = 7
@@ -83,7 +83,7 @@ class Settings:
     lr, seed, beta = 1e-6, 1, 0.1
 
     def __init__(self, args, part):
-        self.steps, self.dry = args.steps if part != "grpo" else min(3, args.steps), args.dry
+        self.steps = min(3, args.steps) if part == "grpo" else args.steps
         small = {"sft": (4, 256), "dpo": (2, 128), "grpo": (2, 256)}
         large = {"sft": (32, 4096), "dpo": (16, 2048), "grpo": (16, 1024)}
         self.batch_size, self.max_length = (small if args.dry else large)[part]
@@ -173,16 +173,9 @@ def card(args, work):
 
 
 def median_seconds(function, rounds, warmup=3):
-    from sft_vs_trl import wait_for_gpu
+    from head import seconds
 
-    times = []
-    for _ in range(rounds + warmup):
-        wait_for_gpu()
-        started = time.perf_counter()
-        function()
-        wait_for_gpu()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[warmup:])
+    return statistics.median([seconds(function) for _ in range(warmup + rounds)][warmup:])
 
 
 def check(args, work):
@@ -199,10 +192,7 @@ def check(args, work):
 def head(args, work, shape):
     import head
 
-    head_args = head.Args(rounds=args.head_rounds)
-    table = head.measure(head_args, *map(int, shape.split(",")), device())
-    for contestant in table["contestants"].values():
-        contestant.pop("both_seconds_of_rounds", None)
+    table = head.measure(head.Args(rounds=args.head_rounds), *map(int, shape.split(",")), device())
     return table | {"markdown": head.table(table)}
 
 
@@ -401,6 +391,24 @@ def plan(args, memory):
     return [entry for entry in everything if entry[0] in args.parts], missing
 
 
+def outcome(command, out, left):
+    """What a child measured within `left` seconds, or {"not_run": why not}."""
+    if left < 20:
+        return {"not_run": "no time was left"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out.parent / "cache")}
+    env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    try:
+        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {"not_run": "was not ready when the time was up"}
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    output = (run.stdout + run.stderr).strip().splitlines()
+    print("\n".join(output[-25:]), file=sys.stderr)
+    return {"not_run": f"failed with {run.returncode}: {' / '.join(output[-3:])[-600:]}"}
+
+
 def main(args):
     started = time.time()
     packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
@@ -414,23 +422,8 @@ def main(args):
             out = Path(work, f"{part} {name} {size}")
             out.mkdir()
             command = [sys.executable, __file__, "--child", json.dumps(asdict(args)), part, name, size, work, str(out)]
-            env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(Path(work, "cache"))}
-            env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-            env |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
             began = time.time()
-            if left < 20:
-                entry["not_run"] = "no time was left"
-            else:
-                try:
-                    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)
-                    if (out / "result.json").exists():
-                        entry |= json.loads((out / "result.json").read_text())
-                    else:
-                        output = (run.stdout + run.stderr).strip().splitlines()
-                        entry["not_run"] = f"failed with {run.returncode}: {' / '.join(output[-3:])[-600:]}"
-                        print("\n".join(output[-25:]), file=sys.stderr)
-                except subprocess.TimeoutExpired:
-                    entry["not_run"] = "was not ready when the time was up"
+            entry |= outcome(command, out, left)
             entry["child_seconds"] = time.time() - began
             facts["results"].append(entry)
             facts["minutes"] = (time.time() - started) / 60
@@ -447,13 +440,14 @@ def main(args):
         entries, missing = plan(args, facts["card"].get("memory", 0))
         prepared = {}
         for part, name, size in entries:
-            if (part, name, size) in missing:
-                reason = missing[part, name, size]
+            reason = missing.get((part, name, size))
+            if not reason and part != "head":
+                if size not in prepared:
+                    prepared[size] = measure("prepare", size=size)
+                reason = "not_run" in prepared[size] and "its model could not be made"
+            if reason:
                 facts["results"].append({"part": part, "name": name, "size": size, "not_run": reason})
-                continue
-            if part != "head" and size not in prepared:
-                prepared[size] = measure("prepare", size=size)
-            if part == "head" or "not_run" not in prepared[size]:
+            else:
                 measure(part, name, size)
     report(facts)
     Path(args.out).write_text(json.dumps(facts, indent=1) + "\n")

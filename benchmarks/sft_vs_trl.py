@@ -38,9 +38,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# TRL's settings there; benchmarks/gpu.py has others.
-ON_CPU = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False}
-ON_CPU["model_init_kwargs"] = {"dtype": "float32"}
+ON_CPU = {  # TRL's options on a CPU; benchmarks/gpu.py has others
+    "bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False,
+    "model_init_kwargs": {"dtype": "float32"},
+}  # fmt: skip
 IMPORTS = {"postcard": "import sft", "trl": "import common; from trl import SFTConfig, SFTTrainer"}
 
 

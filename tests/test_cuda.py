@@ -16,8 +16,8 @@ import torch.distributed as dist
 from conftest import assistant, tokenizer_folder, user, write_jsonl
 from launch import call, metrics
 from test_kernels import tiny_config
-from test_sampler import make_prompts
-from test_slots import definition_as_kernel
+from test_sampler import make_prompts, sequence
+from test_slots import definition, definition_as_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import common
@@ -101,6 +101,13 @@ def test_the_compiled_head(V):
 # ------------------------------------------------------------------------------------------------------------- sampler
 
 
+def check_gap(policy, completion):
+    """Sampled log-probabilities equal those of one packed pass, up to bf16's rounding."""
+    logprobs, _ = policy(common.pack([sequence(completion)], DEVICE), 1.0)
+    gap = np.abs(logprobs[logprobs != 0].float().detach().cpu().numpy() - completion.logprobs).max()
+    assert gap < (0.2 if DEVICE == "cuda" else 1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3", "gemma2", "gemma3"])
 def test_graphs_sample_what_the_model_would(family):
     """Log-probabilities out of the graph equal those of one packed pass; other slots change hardly any token."""
@@ -115,11 +122,7 @@ def test_graphs_sample_what_the_model_would(family):
             completions = sampler.sample(prompts, 3, 40, seed=1)
         found.append({(c.prompt, c.sample): c.token_ids.tolist() for c in completions})
         for c in completions:
-            ids = np.concatenate([c.prompt_ids, c.token_ids])
-            trained = np.arange(len(ids)) >= len(c.prompt_ids)
-            logprobs, _ = policy(common.pack([(ids, trained)], DEVICE), 1.0)
-            gap = np.abs(logprobs[logprobs != 0].float().detach().cpu().numpy() - c.logprobs).max()
-            assert gap < (0.2 if DEVICE == "cuda" else 1e-4)
+            check_gap(policy, c)
     same = np.mean([found[0][key][0] == found[1][key][0] for key in found[0]])
     assert same > 0.8  # in bf16 near ties may fall either way
 
@@ -133,15 +136,11 @@ def test_attention_over_slots_at_real_shapes(n, Hq, Hkv, D):
     keys, values = torch.randn(2, n, Hkv, L, D, device=DEVICE, dtype=BF16)
     positions = torch.randint(L, (n,), device=DEVICE)
     function = definition_as_kernel if DRY else kernels.slots._partial_attention
-    k, v = (x.double() for x in (keys, values))
     for window in (None, 33):
-        seen = (torch.arange(L, device=DEVICE) <= positions[:, None]) & (positions[:, None] - torch.arange(L, device=DEVICE) < (window or L))
-        q = query.double().view(n, Hkv, -1, D)
-        scores = (q @ k.transpose(2, 3) * D**-0.5).masked_fill(~seen[:, None, None], -torch.inf)
-        expected = (scores.softmax(-1) @ v).view(n, Hq, D)
-        arguments = (query, keys, values, positions) if not DRY else (query.float(), keys.float(), values.float(), positions)
+        expected = definition(*(x.cpu() for x in (query, keys, values, positions)), D**-0.5, window, None)
+        arguments = (x.float() if DRY and x.is_floating_point() else x for x in (query, keys, values, positions))
         partial, logsumexp = function(*arguments, D**-0.5, window or L, 0.0)
-        assert relative((partial * logsumexp.softmax(2)[..., None]).sum(2), expected) < 1e-2
+        assert relative((partial * logsumexp.softmax(2)[..., None]).sum(2).cpu(), expected) < 1e-2
 
 
 def test_graphs_are_few_and_follow_new_weights():
@@ -154,10 +153,7 @@ def test_graphs_are_few_and_follow_new_weights():
         policy = grpo.Policy(model.to(DEVICE))
         sampler.sync(policy)
         for c in sampler.sample(prompts, 8, 20, seed=seed):
-            ids = np.concatenate([c.prompt_ids, c.token_ids])
-            logprobs, _ = policy(common.pack([(ids, np.arange(len(ids)) >= len(c.prompt_ids))], DEVICE), 1.0)
-            gap = np.abs(logprobs[logprobs != 0].float().detach().cpu().numpy() - c.logprobs).max()
-            assert gap < (0.2 if DEVICE == "cuda" else 1e-4)
+            check_gap(policy, c)
     assert DEVICE == "cpu" or len(sampler.graphs) <= len(sampler.sizes) == 2
 
 
@@ -225,30 +221,31 @@ def test_master_weights_are_float32_and_computation_is_bf16(start, monkeypatch):
         dist.destroy_process_group()
 
 
+@pytest.fixture
+def without_dropout(start, tmp_path):
+    """The same start, from a model that has none."""
+    AutoModelForCausalLM.from_pretrained(start["model"], attention_dropout=0.0).save_pretrained(tmp_path / "model")
+    common.load_tokenizer(start["model"]).save_pretrained(tmp_path / "model")
+    return start | {"model": tmp_path / "model"}
+
+
 @pytest.mark.parametrize("flags", [{"activation_checkpointing": True}, {"tokens_per_microbatch": 100}, {"compile": True}], ids=str)
-def test_how_it_is_computed_changes_little(start, tmp_path, flags):
+def test_how_it_is_computed_changes_little(without_dropout, tmp_path, flags):
     """bf16: the first losses agree to its rounding. Without dropout, which other microbatches would draw anew."""
     if DRY and "compile" in flags:
         pytest.skip("compiling takes minutes on a CPU; the slow suite has it")
-    no_dropout = AutoModelForCausalLM.from_pretrained(start["model"], attention_dropout=0.0)
-    no_dropout.save_pretrained(tmp_path / "model")
-    common.load_tokenizer(start["model"]).save_pretrained(tmp_path / "model")
-    plain = start | {"model": tmp_path / "model"}
-    call(sft, out=tmp_path / "plain", **plain)
-    call(sft, out=tmp_path / "run", **plain | flags)
+    call(sft, out=tmp_path / "plain", **without_dropout)
+    call(sft, out=tmp_path / "run", **without_dropout | flags)
     np.testing.assert_allclose(losses(tmp_path / "run")[:4], losses(tmp_path / "plain")[:4], rtol=1e-2)
 
 
 @pytest.mark.skipif(DRY, reason="tests/test_rehearsal.py has what a CPU can show of it")
-def test_compiled_layers_have_no_break_and_few_shapes(start, tmp_path):
-    """Microbatches of many lengths under FSDP2: torch.compile does not give up (it would after eight shapes)."""
-    no_dropout = AutoModelForCausalLM.from_pretrained(start["model"], attention_dropout=0.0)
-    no_dropout.save_pretrained(tmp_path / "model")
-    common.load_tokenizer(start["model"]).save_pretrained(tmp_path / "model")
+def test_compiled_layers_have_no_break_and_few_shapes(without_dropout, tmp_path):
+    """Microbatches of many lengths under FSDP2: few graphs serve them all, so torch.compile does not give up."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    call(sft, out=tmp_path / "run", **start | {"model": tmp_path / "model", "compile": True, "tokens_per_microbatch": 60})
+    call(sft, out=tmp_path / "run", **without_dropout | {"compile": True, "tokens_per_microbatch": 60})
     assert not counters["graph_break"] and 0 < counters["stats"]["unique_graphs"] <= 3
 
 
