@@ -77,8 +77,8 @@ def definition_as_kernel(query, keys, values, positions, scaling, window, softca
 def sample(config, monkeypatch, sizes=None, compiled=False):
     """Completions with the kernel in place; `sizes`: decode so many slots at a time, as on CUDA."""
     model = make(config)
-    plain = Sampler(model.config, 8, 64, [2], DEVICE)
-    sampler = Sampler(model.config, 8, 64, [2], DEVICE)
+    # Many tokens end a completion, so that slots fall free and both sizes are decoded.
+    plain, sampler = (Sampler(model.config, 8, 64, range(2, 10), DEVICE) for _ in range(2))
     options = {"n": 2, "max_new_tokens": 6 if sizes is None else 24, "seed": 1}
     prompts = make_prompts([5, 30, 1])
     for each in (plain, sampler):
