@@ -20,11 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import hostile  # noqa: E402
 from sft_vs_trl import environment  # noqa: E402
 
-import rewards  # noqa: E402
-import sandbox  # noqa: E402
-from pool import Pool  # noqa: E402
+from rewards import Pool, judge, sandbox  # noqa: E402
 
-SOURCES = ("rewards.py", "pool.py", "sandbox.py", "ifeval.py", "benchmarks/verifiers.py")
+SOURCES = ("rewards", "benchmarks/verifiers.py")
 
 
 def problems(folder):
@@ -47,13 +45,13 @@ def seconds(function, *arguments):
 def ordinary(pairs):
     """In this process, for the time of each; then by a pool, for false timeouts and the rate."""
     logging.disable()  # math-verify warns that nobody times it
-    rewards.judge("math", r"\boxed{1}", "1")
+    judge("math", r"\boxed{1}", "1")
     times = {}
     for name, shift in (("right", 0), ("wrong", 1)):
         times[name] = []
         for (solution, _), (_, answer) in zip(pairs, pairs[shift:] + pairs[:shift], strict=True):
             start = time.process_time()
-            rewards.judge("math", solution, answer)
+            judge("math", solution, answer)
             times[name].append(time.process_time() - start)
     with Pool() as pool:
         jobs = [("math", solution, answer) for solution, answer in pairs]

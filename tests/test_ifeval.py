@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ifeval
-from ifeval import FOLLOWS, TULU, check, parse
+from rewards import ifeval
+from rewards.ifeval import FOLLOWS, TULU, check, parse
 
 ROWS = Path(__file__).parents[2] / "shared/data/ifeval/input_data.jsonl"
 ENGLISH = "the quick brown fox jumps over the lazy dog because it wants to see what is on the other side of the road"

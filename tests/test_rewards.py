@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ import time
 import hostile
 import lawless  # noqa: F401 (registers verifiers)
 import pytest
-from conftest import shared, write_jsonl
+from conftest import ROOT, shared, write_jsonl
 
 import rewards
 from common import RunError
-from pool import Pool, combine, rates
-from rewards import Verdict, judge
+from rewards import Pool, Verdict, failure_rates, judge
+from rewards.__main__ import main
+from rewards.pool import combine
+from rewards.verifiers import last_formula
 
 IFEVAL = {  # the types with the most work for each character
     "instruction_id_list": ["language:response_language", "length_constraints:number_sentences", "keywords:frequency", "change_case:capital_word_frequency"],
@@ -76,7 +79,7 @@ def test_last_number(text, number):
     ],
 )  # fmt: skip
 def test_last_formula(text, formula):
-    assert rewards.last_formula(text) == formula
+    assert last_formula(text) == formula
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_equal_formulas(pool, gold, right, wrong):
 
 
 def math_problems(file):
-    return [(row["solution"], row.get("answer") or rewards.last_formula(row["solution"])) for row in jsonl("data/math", file)]
+    return [(row["solution"], row.get("answer") or last_formula(row["solution"])) for row in jsonl("data/math", file)]
 
 
 def check_math_problems(pool, problems):
@@ -194,6 +197,12 @@ def test_ifeval_rewards_the_share_of_instructions():
 # ------------------------------------------------------------------------------------------------------------ the pool
 
 
+def test_names_have_no_case(pool):
+    """Tülu 3's published rows say MATH."""
+    assert [verdict.reward for verdict in pool.score([("MATH", "\\boxed{5}", "5"), (["Gsm8K"], "5", ["5"])])] == [1, 1]
+    assert judge("MATH", "\\boxed{5}", "5").reward == 1
+
+
 def test_several_verifiers_and_weights(pool):
     jobs = [
         (["gsm8k", "contains"], "so 5 it is", ["5", "so"], [0.5, 2]),
@@ -260,7 +269,7 @@ def test_bad_ground_truths_are_found_at_the_start(pool, name, gold, message):
 
 def test_the_command_checks_files(tmp_path, capsys):
     good = write_jsonl(tmp_path / "good.jsonl", [{"dataset": "gsm8k", "ground_truth": "5", "completion": "6 or 5"}, {"dataset": "math", "ground_truth": "5", "completion": "?"}, {"dataset": ["exact"], "ground_truth": ["a"], "weights": [2]}])  # fmt: skip
-    rewards.main([good])
+    main([good])
     assert capsys.readouterr().out == f"{good}: 3 ground truths\n  2 completions, mean reward 0.5000: 1 right, 1 unparsed\n"
     for row, message in [
         ({"dataset": "gsm8k", "ground_truth": "five"}, "row 2: ground_truth of 'gsm8k': no number in 'five'"),
@@ -270,7 +279,41 @@ def test_the_command_checks_files(tmp_path, capsys):
     ]:
         bad = write_jsonl(tmp_path / "bad.jsonl", [{"dataset": "gsm8k", "ground_truth": "5"}, row])
         with pytest.raises(RunError, match=message):
-            rewards.main([bad])
+            main([bad])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (None, "usage: python -m rewards FILE...  Rows: `dataset`, `ground_truth`, perhaps `completion`"),
+        ("--help", "usage: python -m rewards FILE...  Rows: `dataset`, `ground_truth`, perhaps `completion`"),
+        ("bad.jsonl", "error: bad.jsonl, row 1: no field 'dataset'"),
+    ],
+)
+def test_the_command_ends_with_one_line(tmp_path, monkeypatch, flag, message):
+    """As `python -m rewards`, but in this process. A text as the exit's code goes to stderr, and the status is 1."""
+    write_jsonl(tmp_path / "bad.jsonl", [{"ground_truth": "5"}])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rewards", flag] if flag else ["rewards"])
+    monkeypatch.delitem(sys.modules, "rewards.__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("rewards", run_name="__main__")
+    assert end.value.code == message
+
+
+def test_workers_load_no_torch():
+    """Nor transformers: each start of a worker would take seconds."""
+    code = "import sys; import rewards; print(*{'torch', 'transformers', 'datasets', 'common'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("\n", "")
+
+
+def test_score_has_a_pool_of_its_own():
+    assert rewards.score([("gsm8k", "5", "5"), ("gsm8k", "5", "6", 2.0)]) == [Verdict(1.0, "right", "5"), Verdict(0.0, "wrong", "5")]
+
+
+def test_a_weight_of_zero(pool):
+    assert pool.score([("gsm8k", "5", "5", 0)]) == [Verdict(0.0, "right", "5")]
 
 
 def test_a_new_verifier_is_three_lines(pool):
@@ -299,7 +342,7 @@ def test_lawless_verifiers_fail_alone(pool, tmp_path):
     assert [verdict.reason for verdict in verdicts[::3]] == [reason for _, reason in cases]
     assert set(verdicts[1::3] + verdicts[2::3]) == {Verdict(1.0, "right", "5")}
     assert max(len(verdict.answer) for verdict in verdicts) == 200
-    assert rates(verdicts) == {"unparsed_rate": 0.0, "timeout_rate": 2 / 51, "crash_rate": 9 / 51}
+    assert failure_rates(verdicts) == {"unparsed_rate": 0.0, "timeout_rate": 2 / 51, "crash_rate": 9 / 51}
 
 
 def test_a_large_worker_is_replaced(pool):
@@ -310,7 +353,7 @@ def test_a_large_worker_is_replaced(pool):
 
 def test_an_interrupted_batch_leaves_nothing_behind(monkeypatch):
     """Ctrl-C in the middle of a batch: the next one gets its own verdicts."""
-    import pool as module
+    from rewards import pool as module
 
     with Pool(1) as pool:
         processes(pool)
@@ -361,7 +404,7 @@ def test_nothing_is_left_of_a_pool_or_its_caller(tmp_path):
     wait_for_end(pids)
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
-import lawless; from pool import Pool
+import lawless; from rewards import Pool
 pool = Pool(1); pool.score([("hangs", "", "")])
 print(pool.workers[0].pid, pool.workers[0].process.pid, flush=True)
 pool.score([("hangs", "hang", "")] * 100)

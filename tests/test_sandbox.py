@@ -12,7 +12,7 @@ from conftest import shared
 from launch import children
 
 import rewards
-import sandbox
+from rewards import sandbox, verifiers
 
 MISSING = sandbox.missing_layers()
 pytestmark = pytest.mark.skipif(bool(set(MISSING) & set(sandbox.REQUIRED)), reason=f"this kernel lacks {MISSING}")
@@ -149,9 +149,15 @@ def test_the_program_does_not_see_the_files_of_the_caller():
     assert printed == ""
 
 
+def test_the_new_process_imports_one_file():
+    """Not the package around it: what judges is in no program's reach, and programs start in 30 ms."""
+    printed, _ = sandbox.run("import sys; print(*(name for name in ('sandbox', 'rewards') if name in sys.modules))", "")
+    assert printed == "sandbox\n"
+
+
 def test_a_program_dies_with_the_one_who_waits_for_it(tmp_path):
     """SIGKILL of the worker: no program runs on."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import sandbox; print('go', flush=True); sandbox.run('while True: pass', '')"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from rewards import sandbox; print('go', flush=True); sandbox.run('while True: pass', '')"
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     worker.stdout.readline()
     deadline = time.monotonic() + 20
@@ -204,7 +210,7 @@ JUDGES = [
 
 def test_a_right_program_passes_all_of_them():
     for test in JUDGES:
-        parsed = rewards.parse_tests([test])
+        parsed = verifiers.parse_tests([test])
         assert parsed.names == ["f"]
         assert sandbox.test("def f(x): return 2", parsed.pieces, parsed.names) is None
 
@@ -212,7 +218,7 @@ def test_a_right_program_passes_all_of_them():
 @pytest.mark.parametrize("name", FORGES)
 def test_forged_verdicts_are_wrong(name):
     for test in JUDGES[: 1 if name == "an endless iterator" else None]:
-        parsed = rewards.parse_tests([test])
+        parsed = verifiers.parse_tests([test])
         assert sandbox.test(FORGES[name], parsed.pieces, parsed.names) is not None, test
 
 
@@ -254,7 +260,7 @@ def test_the_expected_value_is_not_in_the_programs_process():
     ],
 )  # fmt: skip
 def test_right_functions_pass(source, tests):
-    parsed = rewards.parse_tests(tests)
+    parsed = verifiers.parse_tests(tests)
     assert sandbox.test(source, parsed.pieces, parsed.names) is None
 
 
@@ -320,7 +326,7 @@ def mutated(source, names):
 
 def judge_all(problems):
     for task, ground_truth, source in problems:
-        names = rewards.parse_tests(ground_truth).names
+        names = verifiers.parse_tests(ground_truth).names
         right = rewards.judge("code", f"```python\n{source}\n```", ground_truth)
         assert right.reason == "right", (task, right)
         wrong = rewards.judge("code", f"```python\n{mutated(source, names)}\n```", ground_truth)

@@ -1,4 +1,4 @@
-r"""Verifiers: what turns a completion into a reward. The environment of reinforcement learning with verifiable rewards.
+r"""Verifiers: is a completion right? Each is a pure function: the same completion gets the same verdict.
 
     gsm8k              the last number
     math               the last \boxed{}, else "the answer is ...", else the last formula; math-verify compares
@@ -9,34 +9,32 @@ r"""Verifiers: what turns a completion into a reward. The environment of reinfor
 A verifier is named in a row's column `dataset`, as in the published RLVR data. A new one is a function with a
 decorator, here or in a module that the script imports:
 
+    from rewards import verifier
+
     @verifier("polite")
     def polite(completion, ground_truth):
         return "please" in completion
 
-It sees what follows </think>, and is a pure function: the same completion gets the same verdict. Completions come from
-a policy that is rewarded for whatever passes, so they are judged in processes that can be killed: see pool.py.
-
-    python rewards.py train.jsonl samples.jsonl     # checks ground truths; scores rows that have a `completion`
+It sees what follows </think>. Completions come from a policy that is rewarded for whatever passes, so they are judged
+in processes that can be killed: see pool.py.
 """
 
 import json
-import math
 import re
-import sys
 import textwrap
 import time
 import unicodedata
-from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
-import ifeval
-import sandbox
+from rewards import ifeval, sandbox
 
-REASONS = ("right", "wrong", "unparsed", "timeout", "crash", "bad_ground_truth")
+REASONS = ("right", "wrong", "unparsed", "timeout", "crash", "bad_ground_truth")  # the most serious last
 MATH_TAIL = 4096  # characters at the end of a completion in which a number or a formula is looked for
+CODE_SECONDS = 20  # on the clock, for all tests of a program that reads stdin; a first failure ends them
+SANDBOX = "full"  # the level that programs run at; a pool sets it in its workers
 
 
 class Verdict(NamedTuple):
@@ -59,25 +57,101 @@ VERIFIERS = {}
 
 
 def verifier(*names: str, gold: Callable = lambda ground_truth: ground_truth, seconds: float = 1.0):
-    """Registers a function under these names. An answer of None means that the completion has none: `unparsed`."""
+    """Decorator that registers a function as a verifier.
+
+    Args:
+        names: that rows have in the column `dataset`.
+        gold: makes of a row's ground truth what the function gets. A ValueError says that the ground truth is bad.
+        seconds: of processor time that one verdict may take.
+
+    Returns:
+        The decorator. It returns the function (completion, gold) as it is. That one may return a bool, a number from 0
+        to 1, a pair of either and the answer (None: the completion has no answer, `unparsed`), or a Verdict.
+    """
 
     def register(function):
-        VERIFIERS.update({name: Verifier(function, gold, seconds) for name in names})
+        for name in names:
+            VERIFIERS[name] = Verifier(function, gold, seconds)
         return function
 
     return register
 
 
-# ---------------------------------------------------------------- the verifiers
+def registered_name(name: str) -> str | None:
+    """The verifier that a row names, whatever the case ("MATH" in Tülu 3's rows); None if there is none."""
+    return next((known for known in VERIFIERS if known.lower() == str(name).lower()), None)
+
+
+# ---------------------------------------------------------------- one verdict
+
+
+def judge(name: str, completion: str | None, ground_truth) -> Verdict:
+    """One verdict, in this process and without limits: for text that you trust.
+
+    Args:
+        name: of a verifier. A KeyError if there is none.
+        completion: the policy's text; None to look at the ground truth alone.
+        ground_truth: as in the row.
+
+    Returns:
+        A Verdict. Nothing else is raised: an exception of the verifier's is the reason `crash`.
+    """
+    entry = VERIFIERS[registered_name(name)]
+    try:
+        gold = entry.gold(ground_truth)
+    except Exception as error:
+        return Verdict(0.0, "bad_ground_truth", str(error)[:200])
+    if completion is None:
+        return Verdict(0.0, "right")
+    try:
+        verdict = as_verdict(entry.judge(after_thinking(completion), gold))
+        return verdict._replace(answer=printable(verdict.answer[:200]))
+    except Exception as error:  # MemoryError and RecursionError too
+        return Verdict(0.0, "crash", f"{type(error).__name__}: {error}"[:200])
+
+
+def as_verdict(returned) -> Verdict:
+    """What a verifier's function has returned, as a Verdict. Raises ValueError or TypeError if it cannot be one."""
+    if isinstance(returned, Verdict):
+        verdict = returned
+    else:
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        reward, answer = returned if is_pair else (returned, "")
+        if answer is None:
+            return Verdict(0.0, "unparsed")
+        reason = "right" if reward == 1 else "wrong"
+        verdict = Verdict(float(reward), reason, str(answer))
+    if not 0 <= verdict.reward <= 1 or verdict.reason not in REASONS:
+        raise ValueError(f"a verdict of {verdict.reward!r}, {verdict.reason!r}")
+    return verdict
+
+
+def after_thinking(completion: str) -> str:
+    """What follows the last </think>. A thought that never ends has no answer."""
+    _, end, answer = completion.rpartition("</think>")
+    if end:
+        return answer.lstrip()
+    if completion.lstrip().startswith("<think>"):
+        return ""
+    return completion
+
+
+def printable(text: str) -> str:
+    """Spaces for the characters that cannot be printed: terminals obey some of them."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+# ---------------------------------------------------------------- gsm8k: numbers
 
 
 def as_text(ground_truth) -> str:
     """A string or number as a string. Raises ValueError for anything else, and for a blank."""
     if isinstance(ground_truth, bool) or not isinstance(ground_truth, (str, int, float)):
         raise ValueError(f"expected a string, found {type(ground_truth).__name__}")
-    if not str(ground_truth).strip():
+    text = str(ground_truth)
+    if not text.strip():
         raise ValueError("empty")
-    return str(ground_truth)
+    return text
 
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
@@ -85,10 +159,14 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])
 
 def last_number(text: str) -> Decimal | None:
     """The last number, without thousands' commas and currency; units follow it and do not matter."""
-    text = text[-MATH_TAIL:].replace("\u2212", "-").replace("{,}", ",").replace(r"\,", "")
+    text = text[-MATH_TAIL:]
+    text = text.replace("\u2212", "-")  # the minus sign
+    text = text.replace("{,}", ",").replace(r"\,", "")  # thousands in LaTeX
     text = re.sub(r"(?<=[a-zA-Z])\^\{?[0-9]\}?", "", text)  # cm^2
     numbers = NUMBER.findall(text)
-    return Decimal(re.sub(r"[,$]", "", numbers[-1])) if numbers else None
+    if not numbers:
+        return None
+    return Decimal(re.sub(r"[,$]", "", numbers[-1]))
 
 
 def gold_number(ground_truth) -> Decimal:
@@ -108,44 +186,70 @@ def gsm8k(completion, gold):
     return answer == gold, answer
 
 
+# ---------------------------------------------------------------- math: formulas
+
+
 def last_formula(text: str) -> str | None:
     r"""The final answer, without dollars: of the last \boxed{} if there is one, else after the last "answer is", else
     the last $...$, \(...\) or \[...\]. One answer, so that listing several earns nothing."""
     text = text[-MATH_TAIL:].replace(r"\fbox", r"\boxed")
     if r"\boxed" in text:
         return last_box(text)
-    text = re.sub(r"\\[()\[\]]|\$\$", "$", text.replace(r"\$", "\0"))  # one kind of formula; \$ is money
+    text = text.replace(r"\$", "\0")  # money, which opens no formula
+    text = re.sub(r"\\[()\[\]]|\$\$", "$", text)  # one kind of formula
     _, *statements = re.split(r"answer\b[*\s]*(?:is\b(?: therefore| thus)?|:|\n)[:*\s]*", text, flags=re.IGNORECASE)
-    if statements:
-        formula = re.match(r"\$([^$]+)\$", statements[-1])
-        line = re.split(r"\.\s|\.?$", statements[-1], maxsplit=1, flags=re.MULTILINE)[0]
-        formula = formula or re.search(r"\$([^$]+)\$", line)
-        answer = formula[1] if formula else line.strip().strip("*.")
-    else:
-        pieces = text.split("$")
-        answer = pieces[-2 if len(pieces) % 2 else -3] if len(pieces) > 2 else ""  # whether the last $ opens or closes
-        answer = answer.rpartition("=")[2] if answer.count("=") > 1 else answer  # the end of a derivation
+    answer = stated_answer(statements[-1]) if statements else last_in_dollars(text)
     return answer.replace("\0", r"\$").strip() or None
+
+
+def stated_answer(text: str) -> str:
+    """Of what follows "the answer is": the formula it begins with, else the first in its line, else that line."""
+    formula = re.match(r"\$([^$]+)\$", text)
+    if formula:
+        return formula[1]
+    line = re.split(r"\.\s|\.?$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    formula = re.search(r"\$([^$]+)\$", line)
+    if formula:
+        return formula[1]
+    return line.strip().strip("*.")
+
+
+def last_in_dollars(text: str) -> str:
+    """The last $...$, or the end of it if it is a derivation; empty if there is none."""
+    pieces = text.split("$")
+    if len(pieces) < 3:
+        return ""
+    last_is_closed = len(pieces) % 2 == 1
+    answer = pieces[-2] if last_is_closed else pieces[-3]
+    if answer.count("=") > 1:
+        return answer.rpartition("=")[2]
+    return answer
 
 
 def last_box(text: str) -> str | None:
     r"""The content of the last \boxed{...} that is in no other, or the word after a \boxed without braces."""
-    content, end = None, 0
-    while (start := text.find(r"\boxed", end)) >= 0:
+    content = None
+    start = text.find(r"\boxed")
+    while start >= 0:
         content, end = argument(text, start + len(r"\boxed"))
+        start = text.find(r"\boxed", end)
     return content
 
 
 def argument(text: str, start: int) -> tuple[str | None, int]:
     """What a LaTeX command at `start` is applied to, and where that ends. None if there is nothing, or no end of it."""
-    opening = re.compile(r"\s*([^\s{}$]*)").match(text, start)
-    if opening[1] or not text.startswith("{", opening.end()):
-        return opening[1].rstrip(".,") or None, opening.end()
+    word = re.compile(r"\s*([^\s{}$]*)").match(text, start)
+    if word[1] or not text.startswith("{", word.end()):
+        return word[1].rstrip(".,") or None, word.end()
     depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening.end()):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, word.end()):
+        if match[0] == "{":
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
         if depth == 0:
-            return text[opening.end() + 1 : match.start()].strip() or None, match.end()
+            content = text[word.end() + 1 : match.start()].strip()
+            return content or None, match.end()
     return None, len(text)
 
 
@@ -155,9 +259,11 @@ def parse_formula(latex: str) -> list:
     import math_verify  # half a second; only workers need it
 
     # What it cannot read: line ends, a full stop, 5,\!525, \$5 and \frac \pi 4 (TeX takes one command for an argument).
-    latex = re.sub(r",?\\!|\\\$", "", " ".join(latex.split()).rstrip(". "))
+    latex = " ".join(latex.split()).rstrip(". ")
+    latex = re.sub(r",?\\!|\\\$", "", latex)
     latex = re.sub(r"\\frac\s*(\\[a-zA-Z]+)", r"\\frac{\1}", latex)
-    latex = re.sub(r"√(\w+)", r"\\sqrt{\1}", latex).replace("°", r"^\circ").replace(r"\,", "")
+    latex = re.sub(r"√(\w+)", r"\\sqrt{\1}", latex)
+    latex = latex.replace("°", r"^\circ").replace(r"\,", "")
     # As LaTeX only: its other reader would take a number out of the middle of what is no formula. Timed from outside.
     parsed = math_verify.parse(f"${latex}$", [math_verify.LatexExtractionConfig()], parsing_timeout=None)
     return parsed if len(parsed) > 1 else []
@@ -168,7 +274,8 @@ def gold_formula(ground_truth) -> list:
     text = as_text(ground_truth)
     if re.search(r"\\boxed|(?<!\\)\$", text):  # a solution, or a formula in dollars
         text = last_formula(text) or ""
-    formula = parse_formula(text.strip()) if text.strip() else []
+    text = text.strip()
+    formula = parse_formula(text) if text else []
     if not formula:
         raise ValueError(f"math-verify cannot read {ground_truth!r}")
     return formula
@@ -187,12 +294,15 @@ WORDS = re.compile(r"\\text\w*\{[^}]*(?:[0-9=,]|\b(?:or|not|and)\b)")
 def is_no_answer(answer: str, gold: str) -> bool:
     """What math-verify would take for an answer: several answers, of which it takes one, or the question, which it
     works out. Each only where the gold formula is not of that kind itself."""
-    parts = re.split(r"[,;]|\\text|\\quad|\band\b|\bor\b", answer)
-    if r"\boxed" in answer or ("=" not in gold and any(part.count("=") > 1 for part in parts)):
-        return True  # a box in a box, a chain
-    relation = re.match(r"(.*?)(?:=|\\equiv|\\approx|\\ne)", answer)
-    if relation and "=" not in gold and not VARIABLE.fullmatch(relation[1]):
-        return True  # 5=7
+    if r"\boxed" in answer:
+        return True  # a box in a box
+    if "=" not in gold:
+        parts = re.split(r"[,;]|\\text|\\quad|\band\b|\bor\b", answer)
+        if any(part.count("=") > 1 for part in parts):
+            return True  # a chain: x=4=5
+        relation = re.match(r"(.*?)(?:=|\\equiv|\\approx|\\ne)", answer)
+        if relation and not VARIABLE.fullmatch(relation[1]):
+            return True  # 5=7
     if WORDS.search(answer) and not re.search(r",|\\cup|\band\b|\bor\b|\\pm|\\text", gold):
         return True  # 5\text{ or 7}
     if re.search(r"_\{?(?!10\b)[0-9]", answer) and not re.search("_|[a-zA-Z]", gold):
@@ -220,6 +330,9 @@ def equal_formulas(completion, gold):
     return math_verify.verify(gold, formula, timeout_seconds=None), answer
 
 
+# ---------------------------------------------------------------- ifeval: instructions
+
+
 @verifier("ifeval", gold=ifeval.parse)
 def follows_instructions(completion, instructions, loose=False):
     """Zhou et al. 2023 (arXiv 2311.07911): the share of instructions followed, as OLMo 3 rewards it."""
@@ -227,7 +340,10 @@ def follows_instructions(completion, instructions, loose=False):
         return Verdict(0.0, "unparsed")  # an invisible character would follow every "do not"
     followed = ifeval.check(completion, instructions, loose)
     missed = [name for (name, _), right in zip(instructions, followed, strict=True) if not right]
-    return sum(followed) / len(followed), f"not followed: {', '.join(missed)}" if missed else "all followed"
+    share = sum(followed) / len(followed)
+    if missed:
+        return share, f"not followed: {', '.join(missed)}"
+    return share, "all followed"
 
 
 @verifier("ifeval_loose", gold=ifeval.parse)
@@ -236,37 +352,58 @@ def loosely_follows_instructions(completion, instructions):
     return follows_instructions(completion, instructions, loose=True)
 
 
+# ---------------------------------------------------------------- exact, contains: strings
+
+
 def normalised(text) -> str:
     """Case, spacing and width of characters do not matter, nor quotes and punctuation at the ends."""
     text = unicodedata.normalize("NFKC", as_text(text)).casefold()
-    return re.sub(r"^(?:[ ,;:!?'\"`*“”‘’]|\.(?![0-9]))+", "", " ".join(text.split())).rstrip(" .,;:!?'\"`*“”‘’")
+    text = " ".join(text.split())
+    text = re.sub(r"^(?:[ ,;:!?'\"`*“”‘’]|\.(?![0-9]))+", "", text)  # but not the full stop of .5
+    return text.rstrip(" .,;:!?'\"`*“”‘’")
 
 
 def gold_string(ground_truth) -> str:
     """A ground truth, normalised. Raises ValueError if nothing is left of it."""
-    if not normalised(ground_truth):
+    text = normalised(ground_truth)
+    if not text:
         raise ValueError(f"nothing to compare with in {ground_truth!r}")
-    return normalised(ground_truth)
+    return text
+
+
+def gold_strings(ground_truth) -> list[str]:
+    """A string or a list of strings, normalised. Raises ValueError if nothing is left of one."""
+    given = ground_truth if isinstance(ground_truth, list) else [ground_truth]
+    return [gold_string(one) for one in given]
 
 
 @verifier("exact", gold=gold_string)
 def exact(completion, gold):
     """The whole completion, normalised, is the ground truth, normalised."""
-    return bool(completion.strip()) and normalised(completion) == gold, completion.strip()[:200] or None
+    answer = completion.strip()
+    if not answer:
+        return False, None
+    return normalised(completion) == gold, answer[:200]
 
 
 def words(text: str) -> str:
     """Words, numbers and signs with spaces between, so that a search finds whole ones only."""
     number = r"(?:(?<![\w)])-)?(?:[0-9]+(?:[.,/][0-9]+)*|\.[0-9]+)"
-    return " " + " ".join(re.findall(rf"{number}|[^\W0-9]+|[^\w\s]", text)) + " "
+    found = re.findall(rf"{number}|[^\W0-9]+|[^\w\s]", text)
+    return " " + " ".join(found) + " "
 
 
-@verifier("contains", gold=lambda given: [gold_string(one) for one in (given if isinstance(given, list) else [given])])
+@verifier("contains", gold=gold_strings)
 def contains(completion, gold):
     """Every one of the given strings is in the completion, as whole words and numbers (5 is not in 15)."""
     text = words(normalised(completion)) if completion.strip() else ""
     missing = [one for one in gold if words(one) not in text]
-    return not missing, f"missing: {', '.join(missing)}" if missing else "all there"
+    if missing:
+        return False, f"missing: {', '.join(missing)}"
+    return True, "all there"
+
+
+# ---------------------------------------------------------------- code: programs
 
 
 class Tests(NamedTuple):
@@ -278,22 +415,23 @@ class Tests(NamedTuple):
 
 
 def parse_tests(ground_truth) -> Tests:
-    """Published forms: a list of asserts (or longer pieces of Python), or of {"input", "output"}; or, to name what the
-    program has to define, {"tests": ..., "entry_point": ...}. Each may be a JSON string. Raises ValueError."""
+    """The tests of a program. Raises ValueError.
+
+    Published forms: a list of asserts (or longer pieces of Python), or of {"input", "output"}; or, to name what the
+    program has to define, {"tests": ..., "entry_point": ...}. Each may be a JSON string.
+    """
     given = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
     entry_points = []
     if isinstance(given, dict):
         entry_points = given.get("entry_point") or []
-        entry_points = [entry_points] if isinstance(entry_points, str) else entry_points
+        if isinstance(entry_points, str):
+            entry_points = [entry_points]
         given = given.get("tests")
     tests = [given] if isinstance(given, str) else given
     if not tests or not isinstance(tests, list):
         raise ValueError("no tests; expected a list of Python strings, or of {input, output}")
     if all(isinstance(test, dict) for test in tests):
-        for number, test in enumerate(tests, 1):
-            if not isinstance(test.get("input"), str) or not isinstance(test.get("output"), str):
-                raise ValueError(f"test {number} needs the strings `input` and `output`")
-        return Tests([(test["input"], test["output"]) for test in tests], [], [])
+        return Tests(parse_cases(tests), [], [])
     if not all(isinstance(test, str) for test in tests):
         raise ValueError("tests of several kinds; expected Python strings, or {input, output}")
     try:
@@ -305,17 +443,32 @@ def parse_tests(ground_truth) -> Tests:
     return Tests([], imports + tests, names)
 
 
+def parse_cases(tests: list[dict]) -> list[tuple[str, str]]:
+    """[(stdin, stdout), ...]. Raises ValueError if one of them is not a string."""
+    cases = []
+    for number, test in enumerate(tests, 1):
+        case = (test.get("input"), test.get("output"))
+        if not all(isinstance(text, str) for text in case):
+            raise ValueError(f"test {number} needs the strings `input` and `output`")
+        cases.append(case)
+    return cases
+
+
 def code_blocks(completion: str) -> list[tuple[str, str]]:
     """[(language, code), ...] of the closed blocks between fences of ``` or ~~~ that begin a line."""
-    blocks, fence, language, lines = [], None, "", []
+    blocks = []
+    fence = None  # of the block that is open
     for line in completion.splitlines(keepends=True):
         marks = re.match(r"\s*(`{3,}|~{3,})[ \t]*([\w.+-]*)", line)
-        if fence is None and marks:
-            fence, language, lines = marks[1], marks[2].lower(), []
-        elif fence is not None and marks and marks[1].startswith(fence) and not marks[2]:
+        if fence is None:
+            if marks:
+                fence = marks[1]
+                language = marks[2].lower()
+                lines = []
+        elif marks and marks[1].startswith(fence) and not marks[2]:
             blocks.append((language, textwrap.dedent("".join(lines))))
             fence = None
-        elif fence is not None:
+        else:
             lines.append(line)
     return blocks
 
@@ -324,21 +477,17 @@ def last_program(completion: str, names: list[str]) -> str | None:
     """The last ```python block, of those that define one of the names if there are such; else the last without a
     language."""
     blocks = code_blocks(completion)
-    labelled = [code for language, code in blocks if language.startswith("py")]
-    defining = [code for code in labelled if any(re.search(rf"\b{re.escape(name)}\b", code) for name in names)]
-    defining = [code for code in defining if re.search(r"^\s*(?:async )?(?:def|class)\b|^\w+ *=", code, re.MULTILINE)]
-    return (defining or labelled or [code for language, code in blocks if not language] or [None])[-1]
+    python = [code for language, code in blocks if language.startswith("py")]
+    defining = [code for code in python if defines(code, names)]
+    unlabelled = [code for language, code in blocks if not language]
+    candidates = defining or python or unlabelled
+    return candidates[-1] if candidates else None
 
 
-def same_output(printed: str, expected: str) -> bool:
-    """Line by line, whatever the spacing."""
-    return [line.split() for line in printed.strip().splitlines()] == [
-        line.split() for line in expected.strip().splitlines()
-    ]
-
-
-SANDBOX = "full"  # the level; a pool sets it in its workers
-CODE_SECONDS = 20  # on the clock, for all tests of a program that reads stdin; a first failure ends them
+def defines(code: str, names: list[str]) -> bool:
+    """Whether code has one of the names in it, and a definition or an assignment. It need not be valid Python."""
+    has_name = any(re.search(rf"\b{re.escape(name)}\b", code) for name in names)
+    return has_name and bool(re.search(r"^\s*(?:async )?(?:def|class)\b|^\w+ *=", code, re.MULTILINE))
 
 
 @verifier("code", "code_stdio", gold=parse_tests, seconds=15)
@@ -349,99 +498,28 @@ def passes_tests(completion, tests):
         return Verdict(0.0, "unparsed")
     if tests.pieces:
         error = sandbox.test(program, tests.pieces, tests.names, SANDBOX)
-        return error is None, error or "all tests passed"
+    else:
+        error = first_failure(program, tests.cases)
+    return error is None, error or "all tests passed"
+
+
+def first_failure(program: str, cases: list[tuple[str, str]]) -> str | None:
+    """What a program that reads stdin gets wrong in the first of the cases that it fails; None if it passes all."""
     start = time.monotonic()
-    for number, (stdin, expected) in enumerate(tests.cases, 1):
-        # Output longer than the right one is wrong without reading on.
-        printed, error = sandbox.run(program, stdin, len(expected.encode()) + 4096, SANDBOX)
+    for number, (stdin, expected) in enumerate(cases, 1):
+        max_output = len(expected.encode()) + 4096  # output longer than the right one is wrong without reading on
+        printed, error = sandbox.run(program, stdin, max_output, SANDBOX)
         if error is None and not same_output(printed, expected):
             error = f"printed {printed.strip()[:100]!r}"
         if error is None and time.monotonic() - start > CODE_SECONDS:
             error = f"more than {CODE_SECONDS} s for all tests"
         if error:
-            return False, f"test {number} of {len(tests.cases)}: {error}"
-    return True, "all tests passed"
+            return f"test {number} of {len(cases)}: {error}"
+    return None
 
 
-# ---------------------------------------------------------------- one verdict
-
-
-def after_thinking(completion: str) -> str:
-    """What follows the last </think>. A thought that never ends has no answer."""
-    thought, end, answer = completion.rpartition("</think>")
-    return answer.lstrip() if end else "" if completion.lstrip().startswith("<think>") else completion
-
-
-def judge(name: str, completion: str | None, ground_truth) -> Verdict:
-    """One verdict, in this process and without limits: for text that you trust. None judges the ground truth alone.
-
-    Nothing is raised: an exception of the verifier's is the reason `crash`.
-    """
-    verifier = VERIFIERS[name]
-    try:
-        gold = verifier.gold(ground_truth)
-    except Exception as error:
-        return Verdict(0.0, "bad_ground_truth", str(error)[:200])
-    if completion is None:
-        return Verdict(0.0, "right")
-    try:
-        verdict = verifier.judge(after_thinking(completion), gold)
-        reward, answer = verdict if isinstance(verdict, tuple) and len(verdict) == 2 else (verdict, "")
-        if answer is None:
-            verdict = Verdict(0.0, "unparsed")
-        elif not isinstance(reward, Verdict):
-            verdict = Verdict(float(reward), "right" if reward == 1 else "wrong", str(answer))
-        if not 0 <= verdict.reward <= 1 or verdict.reason not in REASONS:
-            raise ValueError(f"a verdict of {verdict.reward!r}, {verdict.reason!r}")
-        shown = "".join(c if c.isprintable() else " " for c in verdict.answer[:200])  # terminals obey some characters
-        return verdict._replace(answer=shown)
-    except Exception as error:  # MemoryError and RecursionError too
-        return Verdict(0.0, "crash", f"{type(error).__name__}: {error}"[:200])
-
-
-def read_jobs(path: str, pool) -> list[tuple]:
-    """The jobs that the rows of a file are, checked; some without a completion. Raises DataError."""
-    from common import DataError, read_rows  # not at the top: workers import this file
-
-    numbers, jobs = [], []
-    for number, row in read_rows(path):
-        try:
-            jobs.append((row["dataset"], row.get("completion"), row["ground_truth"], row.get("weights")))
-        except KeyError as missing:
-            raise DataError(path, number, f"no field {missing}") from None
-        numbers.append(number)
-    for index, message in pool.check(jobs).items():
-        raise DataError(path, numbers[index], message)
-    return jobs
-
-
-def summary(verdicts: list[Verdict]) -> str:
-    """One line."""
-    counts = Counter(verdict.reason for verdict in verdicts)
-    mean = math.fsum(verdict.reward for verdict in verdicts) / len(verdicts)
-    reasons = ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])
-    return f"{len(verdicts)} completions, mean reward {mean:.4f}: {reasons}"
-
-
-def main(paths: list[str]):
-    """Checks the ground truths of files, and scores their completions. Raises RunError for bad input."""
-    from pool import Pool
-
-    with Pool() as pool:
-        for path in paths:
-            jobs = read_jobs(path, pool)
-            print(f"{path}: {len(jobs)} ground truths")
-            if completed := [job for job in jobs if job[1] is not None]:
-                print(f"  {summary(pool.score(completed))}")
-
-
-if __name__ == "__main__":
-    import rewards  # so that the verifiers belong to a module that workers can import
-    from common import RunError
-
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python rewards.py FILE...  Rows: `dataset`, `ground_truth`, perhaps `completion`")
-    try:
-        rewards.main(sys.argv[1:])
-    except RunError as error:
-        sys.exit(f"error: {error}")
+def same_output(printed: str, expected: str) -> bool:
+    """Line by line, whatever the spacing."""
+    printed_lines = [line.split() for line in printed.strip().splitlines()]
+    expected_lines = [line.split() for line in expected.strip().splitlines()]
+    return printed_lines == expected_lines

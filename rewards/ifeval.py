@@ -26,7 +26,8 @@ import json
 import operator
 import os
 import re
-from typing import NewType
+from itertools import pairwise
+from typing import NamedTuple, NewType
 
 from langdetect import DetectorFactory, LangDetectException, detect
 from langdetect.detector_factory import PROFILES_DIRECTORY
@@ -35,7 +36,12 @@ DetectorFactory.seed = 0  # langdetect samples; the same text shall get the same
 
 LANGUAGES = sorted(os.listdir(PROFILES_DIRECTORY))
 OPTIONS = ["My answer is yes.", "My answer is no.", "My answer is maybe."]
-COMPARE = {"less than": operator.lt, "at least": operator.ge, "at most": operator.le, "exactly": operator.eq}
+COMPARE = {
+    "less than": operator.lt,
+    "at least": operator.ge,
+    "at most": operator.le,
+    "exactly": operator.eq,
+}
 RELATIONS = [*COMPARE, "around"]
 # Abbreviations that never end a sentence, and those that end one unless a small letter follows.
 TITLES = set("mr mrs ms dr prof st rev hon gen col capt lt sgt rep sen gov vs approx dept est fig vol ave ph.d".split())
@@ -49,7 +55,9 @@ Letter = NewType("Letter", str)
 def compare(count, relation, n, tolerance=None):
     """`count` stands in `relation` to `n`; "around" is within `tolerance`, by default a tenth of n, or 1."""
     if relation == "around":
-        return abs(count - n) <= (tolerance or max(round(n * 0.1), 1))
+        if tolerance is None:
+            tolerance = max(round(n * 0.1), 1)
+        return abs(count - n) <= tolerance
     return COMPARE[relation](count, n)
 
 
@@ -68,24 +76,31 @@ def sentences(text):
     title (from a fixed list) or letters with full stops (e.g. or U.S.), or if it is a number, an ellipsis or another
     abbreviation (from a list) and a small letter follows. Punkt knows more abbreviations and weighs their context.
     """
-
-    def ends(word, following):
-        word = word.strip("\"'”’)]}*_(“‘[")
-        if not word.endswith("."):
-            return word.endswith(("!", "?"))
-        stem = word[:-1].lower()
-        if stem in TITLES or re.fullmatch(r"([^\W\d_]\.)+", word):
-            return False
-        return not (following[0].islower() and (stem in ENDINGS or stem.endswith(tuple(".0123456789"))))
-
     words = text.split()
-    return sum(map(ends, words, words[1:])) + bool(words)
+    if not words:
+        return 0
+    ends = sum(ends_sentence(word, following) for word, following in pairwise(words))
+    return ends + 1  # the text ends the last one
+
+
+def ends_sentence(word, following):
+    """Whether a sentence ends between these two words, by the rules of `sentences`."""
+    word = word.strip("\"'”’)]}*_(“‘[")
+    if not word.endswith("."):
+        return word.endswith(("!", "?"))
+    stem = word[:-1].lower()
+    if stem in TITLES or re.fullmatch(r"([^\W\d_]\.)+", word):
+        return False
+    may_go_on = stem in ENDINGS or stem.endswith(tuple(".0123456789"))
+    return not (may_go_on and following[0].islower())
 
 
 def divided(text, divider):
     """The texts between dividers, blanks at both ends left out; [] if there is nothing between two dividers."""
     pieces = [piece.strip() for piece in text.split(divider)]
-    return [piece for piece in pieces if piece] if all(pieces[1:-1]) else []
+    if not all(pieces[1:-1]):
+        return []
+    return [piece for piece in pieces if piece]
 
 
 def in_language(text, language):
@@ -113,8 +128,10 @@ def forbidden_words(text, forbidden_words: list, whole_words: bool = True):
 
 def letter_frequency(text, letter: Letter, let_frequency: int, let_relation: Relation, case_sensitive: bool = False):
     """The letter, or other character, is in the text at least, less than, ... `let_frequency` times."""
-    count = text.count(letter) if case_sensitive else text.lower().count(letter.lower())
-    return compare(count, let_relation, let_frequency)
+    if not case_sensitive:
+        text = text.lower()
+        letter = letter.lower()
+    return compare(text.count(letter), let_relation, let_frequency)
 
 
 def response_language(text, language: Language):
@@ -134,35 +151,51 @@ def number_paragraphs(text, num_paragraphs: int, divider: str = "***"):
 
 def number_words(text, num_words: int, relation: Relation, by_spaces: bool = False):
     r"""At least, less than, ... this many words: runs of \w, so that "don't" is two, or what stands between spaces."""
-    return compare(len(text.split() if by_spaces else re.findall(r"\w+", text)), relation, num_words)
+    words = text.split() if by_spaces else re.findall(r"\w+", text)
+    return compare(len(words), relation, num_words)
 
 
 def nth_paragraph_first_word(text, num_paragraphs: int, nth_paragraph: int, first_word: str, as_prefix: bool = False):
     """This many paragraphs with blank lines between; the nth begins with the word, in any case unless `as_prefix`."""
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    if sum(map(bool, paragraphs)) != num_paragraphs or not paragraphs[nth_paragraph - 1]:
+    if sum(map(bool, paragraphs)) != num_paragraphs:
+        return False
+    paragraph = paragraphs[nth_paragraph - 1]
+    if not paragraph:
         return False
     if as_prefix:
-        return paragraphs[nth_paragraph - 1].startswith(first_word)
-    word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
-    return re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
+        return paragraph.startswith(first_word)
+    word = paragraph.split()[0].lstrip("'").lstrip('"')
+    word = re.split("[.,?!'\"]", word)[0]
+    return word.lower() == first_word.lower()
 
 
 def number_placeholders(text, num_placeholders: int):
     """At least this many [placeholders], each on one line."""
-    return sum("[" in part for line in text.split("\n") for part in line.split("]")[:-1]) >= num_placeholders
+    count = 0
+    for line in text.split("\n"):
+        *before_brackets, _ = line.split("]")
+        count += sum("[" in piece for piece in before_brackets)
+    return count >= num_placeholders
 
 
 def postscript(text, postscript_marker: str):
     """The marker is somewhere in the text, in any case; P.S. and P.P.S may have a space after each full stop."""
     marker = postscript_marker.strip()
-    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, re.escape(marker.lower()))
+    if marker == "P.P.S":
+        pattern = r"p\.\s?p\.\s?s"
+    elif marker == "P.S.":
+        pattern = r"p\.\s?s\."
+    else:
+        pattern = re.escape(marker.lower())
     return re.search(pattern, text.lower()) is not None
 
 
 def number_bullet_lists(text, num_bullets: int):
     """Exactly this many lines begin with - or with a single *."""
-    return len([line for line in text.split("\n") if re.match(r"-|\*(?!\*)", line.lstrip())]) == num_bullets
+    lines = [line.lstrip() for line in text.split("\n")]
+    bullets = [line for line in lines if re.match(r"-|\*(?!\*)", line)]
+    return len(bullets) == num_bullets
 
 
 def constrained_response(text, options: list = OPTIONS):
@@ -173,12 +206,15 @@ def constrained_response(text, options: list = OPTIONS):
 def number_highlighted_sections(text, num_highlights: int):
     """At least this many *highlights* or **highlights** with something in them, each on one line."""
     highlights = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
-    return sum(bool(highlight.strip("*").strip()) for highlight in highlights) >= num_highlights
+    filled = [highlight for highlight in highlights if highlight.strip("*").strip()]
+    return len(filled) >= num_highlights
 
 
 def multiple_sections(text, section_spliter: str, num_sections: int):
     """At least this many section heads: the splitter and a number."""
-    return len(re.findall(re.escape(section_spliter.strip()) + r"\s?\d+", text)) >= num_sections
+    splitter = re.escape(section_spliter.strip())
+    heads = re.findall(splitter + r"\s?\d+", text)
+    return len(heads) >= num_sections
 
 
 def json_format(text):
@@ -193,8 +229,14 @@ def json_format(text):
 
 def title(text):
     """There is a <<title>> on one line."""
-    spans = ((line, line.find("<<"), line.rfind(">>")) for line in text.split("\n"))
-    return any(0 <= start < end and line[start:end].lstrip("<").rstrip(">").strip() for line, start, end in spans)
+    for line in text.split("\n"):
+        start = line.find("<<")
+        end = line.rfind(">>")
+        if 0 <= start < end:
+            content = line[start:end].lstrip("<").rstrip(">").strip()
+            if content:
+                return True
+    return False
 
 
 def two_responses(text):
@@ -205,12 +247,14 @@ def two_responses(text):
 
 def repeat_prompt(text, prompt_to_repeat: str):
     """The text begins with the prompt, in any case."""
-    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    prompt = prompt_to_repeat.strip().lower()
+    return text.strip().lower().startswith(prompt)
 
 
 def end_checker(text, end_phrase: str):
     """The text ends with the phrase, in any case, double quotes after it aside."""
-    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    phrase = end_phrase.strip().lower()
+    return text.strip().strip('"').lower().endswith(phrase)
 
 
 def capital_word_frequency(text, capital_frequency: int, capital_relation: Relation):
@@ -218,7 +262,9 @@ def capital_word_frequency(text, capital_frequency: int, capital_relation: Relat
 
     So U.S. and AND/OR are one, I'm has one and DON'T two, as in the reference. That takes A=B and A*B for one as well.
     """
-    return compare(sum(map(str.isupper, re.findall(r"[\w./-]+", text))), capital_relation, capital_frequency)
+    words = re.findall(r"[\w./-]+", text)
+    count = sum(word.isupper() for word in words)
+    return compare(count, capital_relation, capital_frequency)
 
 
 def english_capital(text, any_language: bool = False):
@@ -270,52 +316,81 @@ FOLLOWS = {
     "punctuation:no_comma": no_comma,
 }
 
-# Tülu 3's functions: the instruction, its arguments in terms of Tülu's, and what Tülu's rule adds.
+
+class TuluFunction(NamedTuple):
+    """What a function of Tülu 3 asks for, as one of our instructions."""
+
+    instruction: str
+    names: dict = {}  # of its arguments: ours → Tülu's
+    fixed: dict = {}  # arguments that Tülu's rule adds
+
+
 TULU = {
-    "verify_keywords": ("keywords:existence", {"keywords": "keyword_list"}, {}),
-    "verify_keyword_frequency": (
-        "keywords:frequency", {"keyword": "word", "frequency": "N"}, {"relation": "exactly", "whole_words": True},
+    "verify_keywords": TuluFunction("keywords:existence", names={"keywords": "keyword_list"}),
+    "verify_keyword_frequency": TuluFunction(
+        "keywords:frequency",
+        names={"keyword": "word", "frequency": "N"},
+        fixed={"relation": "exactly", "whole_words": True},
     ),
-    "validate_forbidden_words": (
-        "keywords:forbidden_words", {"forbidden_words": "forbidden_words"}, {"whole_words": False},
+    "validate_forbidden_words": TuluFunction(
+        "keywords:forbidden_words",
+        names={"forbidden_words": "forbidden_words"},
+        fixed={"whole_words": False},
     ),
-    "verify_letter_frequency": (
-        "keywords:letter_frequency", {"letter": "letter", "let_frequency": "N"},
-        {"let_relation": "exactly", "case_sensitive": True},
+    "verify_letter_frequency": TuluFunction(
+        "keywords:letter_frequency",
+        names={"letter": "letter", "let_frequency": "N"},
+        fixed={"let_relation": "exactly", "case_sensitive": True},
     ),
-    "validate_response_language": ("language:response_language", {"language": "language"}, {}),
-    "verify_sentence_constraint": (
-        "length_constraints:number_sentences", {"num_sentences": "N", "relation": "quantifier"}, {},
+    "validate_response_language": TuluFunction("language:response_language", names={"language": "language"}),
+    "verify_sentence_constraint": TuluFunction(
+        "length_constraints:number_sentences",
+        names={"num_sentences": "N", "relation": "quantifier"},
     ),
-    "verify_paragraph_count": ("length_constraints:number_paragraphs", {"num_paragraphs": "N"}, {"divider": "* * *"}),
-    "validate_word_constraint": (
-        "length_constraints:number_words", {"num_words": "N", "relation": "quantifier"}, {"by_spaces": True},
+    "verify_paragraph_count": TuluFunction(
+        "length_constraints:number_paragraphs",
+        names={"num_paragraphs": "N"},
+        fixed={"divider": "* * *"},
     ),
-    "validate_paragraphs": (
+    "validate_word_constraint": TuluFunction(
+        "length_constraints:number_words",
+        names={"num_words": "N", "relation": "quantifier"},
+        fixed={"by_spaces": True},
+    ),
+    "validate_paragraphs": TuluFunction(
         "length_constraints:nth_paragraph_first_word",
-        {"num_paragraphs": "N", "nth_paragraph": "i", "first_word": "first_word"}, {"as_prefix": True},
+        names={"num_paragraphs": "N", "nth_paragraph": "i", "first_word": "first_word"},
+        fixed={"as_prefix": True},
     ),
-    "validate_placeholders": ("detectable_content:number_placeholders", {"num_placeholders": "N"}, {}),
-    "verify_postscript": ("detectable_content:postscript", {"postscript_marker": "postscript_marker"}, {}),
-    "verify_bullet_points": ("detectable_format:number_bullet_lists", {"num_bullets": "N"}, {}),
-    "validate_choice": ("detectable_format:constrained_response", {"options": "options"}, {}),
-    "validate_highlighted_sections": ("detectable_format:number_highlighted_sections", {"num_highlights": "N"}, {}),
-    "validate_sections": (
-        "detectable_format:multiple_sections", {"section_spliter": "section_splitter", "num_sections": "N"}, {},
+    "validate_placeholders": TuluFunction("detectable_content:number_placeholders", names={"num_placeholders": "N"}),
+    "verify_postscript": TuluFunction(
+        "detectable_content:postscript",
+        names={"postscript_marker": "postscript_marker"},
     ),
-    "validate_json_format": ("detectable_format:json_format", {}, {}),
-    "validate_title": ("detectable_format:title", {}, {}),
-    "validate_two_responses": ("combination:two_responses", {}, {}),
-    "validate_repeat_prompt": ("combination:repeat_prompt", {"prompt_to_repeat": "original_prompt"}, {}),
-    "validate_end": ("startend:end_checker", {"end_phrase": "end_phrase"}, {}),
-    "validate_quotation": ("startend:quotation", {}, {}),
-    "validate_frequency_capital_words": (
-        "change_case:capital_word_frequency", {"capital_frequency": "N", "capital_relation": "quantifier"}, {},
+    "verify_bullet_points": TuluFunction("detectable_format:number_bullet_lists", names={"num_bullets": "N"}),
+    "validate_choice": TuluFunction("detectable_format:constrained_response", names={"options": "options"}),
+    "validate_highlighted_sections": TuluFunction(
+        "detectable_format:number_highlighted_sections",
+        names={"num_highlights": "N"},
     ),
-    "validate_uppercase": ("change_case:english_capital", {}, {"any_language": True}),
-    "validate_lowercase": ("change_case:english_lowercase", {}, {"any_language": True}),
-    "validate_no_commas": ("punctuation:no_comma", {}, {}),
-}  # fmt: skip
+    "validate_sections": TuluFunction(
+        "detectable_format:multiple_sections",
+        names={"section_spliter": "section_splitter", "num_sections": "N"},
+    ),
+    "validate_json_format": TuluFunction("detectable_format:json_format"),
+    "validate_title": TuluFunction("detectable_format:title"),
+    "validate_two_responses": TuluFunction("combination:two_responses"),
+    "validate_repeat_prompt": TuluFunction("combination:repeat_prompt", names={"prompt_to_repeat": "original_prompt"}),
+    "validate_end": TuluFunction("startend:end_checker", names={"end_phrase": "end_phrase"}),
+    "validate_quotation": TuluFunction("startend:quotation"),
+    "validate_frequency_capital_words": TuluFunction(
+        "change_case:capital_word_frequency",
+        names={"capital_frequency": "N", "capital_relation": "quantifier"},
+    ),
+    "validate_uppercase": TuluFunction("change_case:english_capital", fixed={"any_language": True}),
+    "validate_lowercase": TuluFunction("change_case:english_lowercase", fixed={"any_language": True}),
+    "validate_no_commas": TuluFunction("punctuation:no_comma"),
+}
 
 
 def is_text(value):
@@ -323,56 +398,89 @@ def is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_texts(value):
+    """A list of such strings, with one at least."""
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+def is_count(value):
+    """A whole number in a range that makes sense. True and 5.0 are none."""
+    return type(value) is int and 0 <= value < 1_000_000
+
+
 # For each type of argument: what it has to be, and a test.
 ARGUMENTS = {
-    int: ("a whole number from 0 to 999999", lambda v: type(v) is int and 0 <= v < 1_000_000),
+    int: ("a whole number from 0 to 999999", is_count),
     str: ("a text that is not blank", is_text),
-    list: ("a list of texts that are not blank", lambda v: isinstance(v, list) and v and all(map(is_text, v))),
-    bool: ("true or false", lambda v: isinstance(v, bool)),
-    Relation: (f"one of {RELATIONS}", lambda v: v in RELATIONS),
-    Language: (f"one of langdetect's codes {LANGUAGES}", lambda v: v in LANGUAGES),
-    Letter: ("a single character", lambda v: isinstance(v, str) and len(v) == 1),
+    list: ("a list of texts that are not blank", is_texts),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    Relation: (f"one of {RELATIONS}", lambda value: value in RELATIONS),
+    Language: (f"one of langdetect's codes {LANGUAGES}", lambda value: value in LANGUAGES),
+    Letter: ("a single character", lambda value: isinstance(value, str) and len(value) == 1),
 }
 
 
-def decode(text):
-    """What a JSON string or, as OLMo 3's rows are published, a Python literal stands for. Raises ValueError."""
+def decoded(given):
+    """What a JSON string or, as OLMo 3's rows are published, a Python literal stands for; anything else as it is.
+
+    Raises ValueError.
+    """
+    if not isinstance(given, str):
+        return given
     for read in (json.loads, ast.literal_eval):
         try:
-            return read(text)
+            return read(given)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-    raise ValueError(f"ground truth is neither JSON nor a Python literal: {text[:80]!r}")
+    raise ValueError(f"ground truth is neither JSON nor a Python literal: {given[:80]!r}")
 
 
 def known(name, table, what):
     """`table[name]`. Raises ValueError, which lists names that are near, if there is none."""
     if isinstance(name, str) and name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name)[:100], table, n=3, cutoff=0.4)
-    raise ValueError(f"unknown {what} {str(name)[:100]!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    given = str(name)[:100]
+    message = f"unknown {what} {given!r}"
+    near = difflib.get_close_matches(given, table, n=3, cutoff=0.4)
+    if near:
+        message += f"; near: {', '.join(near)}"
+    raise ValueError(message)
 
 
 def checked(instruction, arguments, theirs, where):
-    """`arguments` without nulls, if they suit the instruction. Raises ValueError with the names that the row has."""
+    """Arguments of an instruction, without nulls, if they suit it.
+
+    Args:
+        instruction: its id.
+        arguments: {name: value}, or None for none.
+        theirs: {our name: the row's}, for messages; names that are not in it are the same.
+        where: what messages begin with.
+
+    Raises:
+        ValueError: with the names that the row has.
+    """
     if not isinstance(arguments, dict | None):
         raise ValueError(f"{where}: arguments have to be an object, not {arguments!r:.80}")
-    arguments = {name: value for name, value in (arguments or {}).items() if value is not None}
+    given = {name: value for name, value in (arguments or {}).items() if value is not None}
     _, *parameters = inspect.signature(known(instruction, FOLLOWS, "instruction")).parameters.values()
-    surplus = sorted(arguments.keys() - {parameter.name for parameter in parameters}, key=str)
+    surplus = given.keys() - {parameter.name for parameter in parameters}
     if surplus:
-        raise ValueError(f"{where}: takes no argument {surplus[0]!r}")
+        first = min(surplus, key=str)
+        raise ValueError(f"{where}: takes no argument {first!r}")
     for parameter in parameters:
-        name, (wanted, suits) = parameter.name, ARGUMENTS[parameter.annotation]
+        name = parameter.name
         shown = theirs.get(name, name)
-        if name not in arguments and parameter.default is parameter.empty:
+        wanted, suits = ARGUMENTS[parameter.annotation]
+        if name not in given and parameter.default is parameter.empty:
             raise ValueError(f"{where}: argument {shown!r} is missing: {wanted}")
-        if name in arguments and not suits(arguments[name]):
-            raise ValueError(f"{where}: {shown!r} has to be {wanted}, not {arguments[name]!r:.80}")
-    nth, last = arguments.get("nth_paragraph", 1), arguments.get("num_paragraphs", 1)
-    if instruction == "length_constraints:nth_paragraph_first_word" and not 1 <= nth <= last:
-        raise ValueError(f"{where}: there is no paragraph {nth} of {last}")
-    return arguments
+        if name in given and not suits(given[name]):
+            raise ValueError(f"{where}: {shown!r} has to be {wanted}, not {given[name]!r:.80}")
+    if instruction == "length_constraints:nth_paragraph_first_word":
+        nth = given["nth_paragraph"]
+        last = given["num_paragraphs"]
+        if not 1 <= nth <= last:
+            raise ValueError(f"{where}: there is no paragraph {nth} of {last}")
+    return given
 
 
 def parse(ground_truth):
@@ -388,24 +496,36 @@ def parse(ground_truth):
     Raises:
         ValueError: one line that names the instruction or function, the argument, and what it has to be.
     """
-    row = decode(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    row = decoded(ground_truth)
     if isinstance(row, list) and len(row) == 1:
-        row = decode(row[0]) if isinstance(row[0], str) else row[0]
+        row = decoded(row[0])
     if not isinstance(row, dict):
         raise ValueError(f"ground truth has to be an object, or a list of one: {row!r:.80}")
     if "func_name" in row:
-        function = row["func_name"]
-        instruction, theirs, fixed = known(function, TULU, "function")
-        given = {name: value for name, value in row.items() if name != "func_name"}
-        ours = {name: given.pop(their) for name, their in theirs.items() if their in given}
-        return [(instruction, checked(instruction, given | ours | fixed, theirs, f"{function} ({instruction})"))]
+        return [parse_tulu(row)]
     ids = row.get("instruction_id_list", row.get("instruction_id"))
     arguments = row.get("kwargs")
     if not isinstance(ids, list) or not isinstance(arguments, list) or not ids:
         raise ValueError("ground truth has neither `func_name` nor lists `instruction_id_list` and `kwargs`")
     if len(ids) != len(arguments):
         raise ValueError(f"ground truth has {len(ids)} instructions and {len(arguments)} kwargs")
-    return [(name, checked(name, kwargs, {}, name)) for name, kwargs in zip(ids, arguments, strict=True)]
+    instructions = []
+    for instruction, given in zip(ids, arguments, strict=True):
+        instructions.append((instruction, checked(instruction, given, {}, instruction)))
+    return instructions
+
+
+def parse_tulu(row):
+    """(instruction id, arguments) of a row of Tülu 3's RLVR-IFeval. Raises ValueError, as `parse` does."""
+    function = row["func_name"]
+    instruction, names, fixed = known(function, TULU, "function")
+    given = {name: value for name, value in row.items() if name != "func_name"}
+    arguments = {}
+    for ours, theirs in names.items():
+        if theirs in given:
+            arguments[ours] = given.pop(theirs)
+    arguments = given | arguments | fixed  # what is left in `given` is an error, unless it is null
+    return instruction, checked(instruction, arguments, names, f"{function} ({instruction})")
 
 
 def check(completion, instructions, loose=False):
@@ -423,7 +543,12 @@ def check(completion, instructions, loose=False):
     texts = [completion]
     if loose:
         lines = completion.split("\n")
-        texts += ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+        for part in (lines[1:], lines[:-1], lines[1:-1]):
+            texts.append("\n".join(part).strip())
         texts += [text.replace("*", "") for text in texts]
-    texts = [text for text in dict.fromkeys(texts) if text.strip()]
-    return [any(FOLLOWS[name](text, **arguments) for text in texts) for name, arguments in instructions]
+    texts = [text for text in dict.fromkeys(texts) if text.strip()]  # each once
+    followed = []
+    for name, arguments in instructions:
+        follows = FOLLOWS[name]
+        followed.append(any(follows(text, **arguments) for text in texts))
+    return followed

@@ -20,7 +20,8 @@ writable folder, and no sockets at all, so asyncio does not work either.
 This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
 """
 
-# The fenced-in process imports this file too, so what only one side needs is imported where it is used: it saves 30 ms.
+# The fenced-in process imports this file too, but not the package: that takes 40 ms more. For the same reason what only
+# one side needs is imported where it is used.
 import ctypes
 import os
 import select
@@ -34,6 +35,7 @@ SIGKILL = 9
 REQUIRED = ("landlock", "seccomp")
 LEVELS = ("full", "weak")
 CONFINED = "confined"  # the report of a process that has fenced itself in
+DESCRIPTORS = ("stdin", "stdout", "stderr", "text", "report")  # what the files 0 to 4 of the new process are
 
 
 class SandboxError(RuntimeError):
@@ -48,10 +50,11 @@ def run(source: str, stdin: str, max_output: int = 65536, level: str = "full") -
 
     More than `max_output` bytes of output are an error in the program.
     """
-    with Files(source=source, stdin=stdin, stdout="", stderr="") as files:
-        process = start("script", level, files["source"], files["stdin"], files["stdout"], files, max_output)
+    with Files(text=source, stdin=stdin, stdout="") as files:
+        process = start("script", level, files, max_output)
         error = finish([process], files)
-        return read(files["stdout"], max_output), error
+        printed = read(files["stdout"], max_output)
+    return printed, error
 
 
 def test(source: str, tests: list[str], names: list[str], level: str = "full") -> str | None:
@@ -61,18 +64,20 @@ def test(source: str, tests: list[str], names: list[str], level: str = "full") -
     """
     import json
 
-    to_program, from_tests, to_tests, from_program = map(out_of_the_way, (*os.pipe(), *os.pipe()))
-    with Files(source=source, stderr="") as program, Files(tests=json.dumps([names, tests]), stderr="") as tester:
+    to_program, from_tests = map(out_of_the_way, os.pipe())  # what the tests ask for
+    to_tests, from_program = map(out_of_the_way, os.pipe())  # and the answers
+    with Files(text=source) as program, Files(text=json.dumps([names, tests])) as tester:
         processes = [
-            start("tests", level, tester["tests"], to_tests, from_tests, tester),
-            start("functions", level, program["source"], to_program, from_program, program),
+            start("tests", level, tester | {"stdin": to_tests, "stdout": from_tests}),
+            start("functions", level, program | {"stdin": to_program, "stdout": from_program}),
         ]
         for fd in (to_program, from_tests, to_tests, from_program):
             os.close(fd)  # so that each side sees the end of the other
         return finish(processes, tester)
 
 
-LIBRARIES = "math", "collections", "itertools", "functools", "heapq", "typing", "string"  # that tests forget to import
+# What tests forget to import.
+LIBRARIES = ("math", "collections", "itertools", "functools", "heapq", "typing", "string")
 
 
 def free_names(tests: list[str], entry_points: list[str]) -> tuple[list[str], list[str]]:
@@ -82,12 +87,37 @@ def free_names(tests: list[str], entry_points: list[str]) -> tuple[list[str], li
     what judges it. So built-in names are not its own, nor is `math` in `math.isclose(...)`; nor `Counter`, `isclose`,
     `np`, unless there is no other name that it can define. Raises SyntaxError.
     """
-    import ast
     import builtins
     from importlib import import_module
 
-    used, bound, modules = set(), set(dir(builtins)), set()
-    for node in [node for piece in tests for node in ast.walk(ast.parse(piece))]:
+    used, bound, modules = names_in(tests)
+    bound.update(dir(builtins))
+    names = used - bound - modules
+    imports = [f"import {module}" for module in sorted(modules - bound)]
+
+    known = {}  # name → how it is imported
+    for module in LIBRARIES:
+        for name in dir(import_module(module)):
+            known[name] = f"from {module} import {name}"
+    known["np"] = "import numpy as np"
+    known["numpy"] = "import numpy"
+
+    if entry_points or not names <= known.keys():
+        forgotten = names & known.keys() - set(entry_points)
+        imports += [known[name] for name in sorted(forgotten)]
+        names -= known.keys()
+    return sorted(entry_points or names), imports
+
+
+def names_in(tests: list[str]) -> tuple[set, set, set]:
+    """Names in pieces of Python: (read, bound, modules of the standard library with a dot behind). SyntaxError."""
+    import ast
+
+    used = set()
+    bound = set()
+    modules = set()
+    trees = [ast.parse(piece) for piece in tests]
+    for node in [node for tree in trees for node in ast.walk(tree)]:
         match node:
             case ast.Attribute(value=ast.Name(id=name)) if name in sys.stdlib_module_names:
                 modules.add(name)
@@ -99,19 +129,14 @@ def free_names(tests: list[str], entry_points: list[str]) -> tuple[list[str], li
                 bound.add(name)
             case ast.alias(name=name, asname=asname):
                 bound.add(asname or name.split(".")[0])
-    names, imports = used - bound - modules, [f"import {module}" for module in sorted(modules - bound)]
-    known = {name: f"from {module} import {name}" for module in LIBRARIES for name in dir(import_module(module))}
-    known |= {"np": "import numpy as np", "numpy": "import numpy"}
-    if entry_points or not names <= known.keys():
-        imports += [known[name] for name in sorted(names & known.keys() - set(entry_points))]
-        names -= known.keys()
-    return sorted(entry_points or names), imports
+    return used, bound, modules
 
 
 def missing_layers() -> list[str]:
     """The layers that this machine cannot provide, found by trying. Raises SandboxError if nothing starts."""
-    with Files(source="", stdin="", stdout="", stderr="") as files:
-        error = finish([start("layers", "weak", files["source"], files["stdin"], files["stdout"], files)], files)
+    with Files(text="", stdin="", stdout="") as files:
+        process = start("layers", "weak", files)
+        error = finish([process], files)
         if error:
             raise SandboxError(f"the sandbox does not start: {error}")
         return read(files["stdout"]).split()
@@ -131,15 +156,19 @@ def require(level: str) -> list[str]:
 
 
 class Files(dict):
-    """Named texts in anonymous memory: name -> file descriptor. Nothing touches a disk, nothing is left behind."""
+    """Named texts in anonymous memory: name → file descriptor. Nothing touches a disk, nothing is left behind.
+
+    For the DESCRIPTORS of a process. Its `stderr` and `report` are always there, and empty.
+    """
 
     def __init__(self, **texts: str):
         super().__init__()
-        for name, text in {"report": "", **texts}.items():
-            self[name] = out_of_the_way(os.memfd_create(name))
-            with open(self[name], "wb", closefd=False) as file:
+        for name, text in {"stderr": "", "report": "", **texts}.items():
+            fd = out_of_the_way(os.memfd_create(name))
+            self[name] = fd
+            with open(fd, "wb", closefd=False) as file:
                 file.write(text.encode("utf-8", "surrogatepass"))
-            os.lseek(self[name], 0, os.SEEK_SET)
+            os.lseek(fd, 0, os.SEEK_SET)
 
     def __enter__(self):
         return self
@@ -163,13 +192,24 @@ def read(fd: int, limit: int = 65536) -> str:
     return os.pread(fd, limit, 0).decode("utf-8", "replace")
 
 
-def start(mode: str, level: str, text: int, stdin: int, stdout: int, files: Files, max_output: int = 65536) -> int:
-    """A fresh interpreter that fences itself in, says so in files["report"], and handles `text`. Returns its pid."""
+def start(mode: str, level: str, files: dict[str, int], max_output: int = 65536) -> int:
+    """A fresh interpreter that fences itself in, says so in files["report"], and handles files["text"].
+
+    Args:
+        mode: what the text is: "script", "functions", "tests", or "layers" to print those that are missing.
+        level: one of LEVELS.
+        files: name → file descriptor, for all of DESCRIPTORS.
+        max_output: bytes that it may write.
+
+    Returns:
+        Its process id.
+    """
     import sysconfig
 
     here = os.path.dirname(os.path.abspath(__file__))
+    packages = sysconfig.get_path("purelib")
     code = "import sys; sys.path.insert(0, sys.argv.pop()); import sandbox; sandbox.inside(*sys.argv[1:])"
-    arguments = [mode, level, str(max_output), str(os.getpid()), sysconfig.get_path("purelib"), here]
+    arguments = [mode, level, str(max_output), str(os.getpid()), packages, here]
     environment = {  # and nothing of the caller's: no keys, no proxies
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
@@ -177,12 +217,11 @@ def start(mode: str, level: str, text: int, stdin: int, stdout: int, files: File
         "PYTHONIOENCODING": "utf-8:surrogatepass",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    descriptors = stdin, stdout, files["stderr"], text, files["report"]  # which become 0 to 4
     return os.posix_spawn(
         sys.executable,
         [sys.executable, "-s", "-S", "-P", "-c", code, *arguments],
         environment,
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(descriptors)],
+        file_actions=[(os.POSIX_SPAWN_DUP2, files[name], number) for number, name in enumerate(DESCRIPTORS)],
         setsid=True,
     )
 
@@ -192,31 +231,44 @@ def finish(pids: list[int], files: Files) -> str | None:
 
     Raises SandboxError if it could not fence itself in.
     """
-    fd = os.pidfd_open(pids[0])
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    late = not poll.poll(1000 * WALL_SECONDS)
-    os.close(fd)
+    is_late = not ends_in_time(pids[0])
     # Who has ended by itself: the kernel sends SIGKILL at the limit of processor time, and so do we, but below.
     ended = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids]
     for pid in pids:
         os.kill(pid, SIGKILL)  # it could not start another process
-    status, *_ = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    lines = read(files["stderr"]).strip().splitlines() or [f"exit status {status}"]
-    if (report := read(files["report"])) != CONFINED:
-        raise SandboxError(report or f"a process of the sandbox did not start: {lines[-1]}")
-    if late:
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    status = statuses[0]
+
+    lines = read(files["stderr"]).strip().splitlines()
+    last_line = lines[-1] if lines else f"exit status {status}"
+    report = read(files["report"])
+    if report != CONFINED:
+        raise SandboxError(report or f"a process of the sandbox did not start: {last_line}")
+    if is_late:
         return f"more than {WALL_SECONDS} s"
-    if status and any(end and end.si_status == SIGKILL and end.si_code == os.CLD_KILLED for end in ended):
-        return f"more than {CPU_SECONDS} s of processor time"
-    return lines[-1][:200] if status else None
+    if status == 0:
+        return None
+    for end in ended:  # None for a process that had not ended
+        if end and end.si_status == SIGKILL and end.si_code == os.CLD_KILLED:
+            return f"more than {CPU_SECONDS} s of processor time"
+    return last_line[:200]
+
+
+def ends_in_time(pid: int) -> bool:
+    """Waits for a process, WALL_SECONDS at most."""
+    fd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    events = poll.poll(1000 * WALL_SECONDS)
+    os.close(fd)
+    return bool(events)
 
 
 # ---------------------------------------------------------------- the new process
 
 
 def inside(mode: str, level: str, max_output: str, parent: str, packages: str):
-    """What `start` starts."""
+    """What `start` starts. All arguments are text, from a command line; `packages` is the folder site-packages."""
     os.chdir("/")
     os.closerange(5, 2**31 - 1)
     with open(3, encoding="utf-8", errors="surrogatepass") as file:
@@ -226,20 +278,17 @@ def inside(mode: str, level: str, max_output: str, parent: str, packages: str):
     if mode in ("functions", "tests"):
         channel = Channel(os.dup(0), os.dup(1))
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0), os.dup2(null, 1)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+
     missing = confine(int(max_output), int(parent))
     if level == "full" and set(missing) & set(REQUIRED):
         os.write(4, f"the sandbox lacks {', '.join(missing)}".encode())
         os._exit(1)
     os.write(4, CONFINED.encode())
     os.close(4)  # nothing that a program does can be taken for a report
-    import builtins
 
-    builtins.exit = builtins.quit = sys.exit  # which programs use, and `site` would define
-    if "random" in source:
-        import random
-
-        random.seed(0)  # for the same reason as PYTHONHASHSEED
+    prepare_interpreter(source)
     if mode == "layers":
         print(*missing)
     elif mode == "script":
@@ -249,6 +298,17 @@ def inside(mode: str, level: str, max_output: str, parent: str, packages: str):
     else:
         run_tests(source, channel)
     # An exception ends in the interpreter's own traceback, whose last line is what `finish` returns.
+
+
+def prepare_interpreter(source: str):
+    """What programs find in an interpreter that they expect to be an ordinary one."""
+    import builtins
+
+    builtins.exit = builtins.quit = sys.exit  # `site` would define them
+    if "random" in source:
+        import random
+
+        random.seed(0)  # for the same reason as PYTHONHASHSEED
 
 
 def new_module(name: str) -> dict:
@@ -264,7 +324,8 @@ class Channel:
         import json
 
         self.json = json
-        self.incoming, self.outgoing = os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb")
+        self.incoming = os.fdopen(incoming, "rb")
+        self.outgoing = os.fdopen(outgoing, "wb")
 
     def send(self, message):
         self.outgoing.write(self.json.dumps(message).encode() + b"\n")
@@ -283,25 +344,33 @@ def serve_functions(source: str, channel: Channel):
         exec(compile(source, "program.py", "exec"), new_module("solution"))
     except (Exception, SystemExit) as error:
         channel.receive()
-        return channel.send(["raise", type(error).__name__, str(error)[:200]])
-    objects = [sys.modules["solution"]]  # handles of what is not plain data
+        channel.send(raised(error))
+        return
+    objects = [sys.modules["solution"]]  # what is not plain data; its index is its handle
+    remembered = objects.__getitem__
     while True:
         operation, handle, *request = channel.receive()
         try:
-            target, given = objects[handle], []
+            target = objects[handle]
+            given = []
             if operation == "call":
-                given = [decode(argument, objects.__getitem__) for argument in request[0]]
-                named = {name: decode(argument, objects.__getitem__) for name, argument in request[1].items()}
+                given = [decode(argument, remembered) for argument in request[0]]
+                named = {name: decode(argument, remembered) for name, argument in request[1].items()}
                 result = target(*given, **named)
-            elif operation == "setattr":
-                result = setattr(target, request[0], decode(request[1], objects.__getitem__))
             elif operation == "getitem":
-                result = target[decode(request[0], objects.__getitem__)]
+                result = target[decode(request[0], remembered)]
             else:
-                result = {"getattr": getattr, "bool": bool, "len": len, "list": list}[operation](target, *request)
-            channel.send(["result", encode(result, objects), [encode(argument, objects) for argument in given]])
+                function = {"getattr": getattr, "setattr": setattr, "bool": bool, "len": len, "list": list}[operation]
+                result = function(target, *[decode(argument, remembered) for argument in request])
+            after = [encode(argument, objects) for argument in given]  # the call may have changed them
+            channel.send(["result", encode(result, objects), after])
         except (Exception, SystemExit) as error:
-            channel.send(["raise", type(error).__name__, str(error)[:200]])
+            channel.send(raised(error))
+
+
+def raised(error: BaseException) -> list:
+    """The answer to a request that raised."""
+    return ["raise", type(error).__name__, str(error)[:200]]
 
 
 def run_tests(source: str, channel: Channel):
@@ -313,11 +382,12 @@ def run_tests(source: str, channel: Channel):
     namespace = {"__name__": "tests"}
     for number, test in enumerate(tests, 1):
         try:
-            for name in names if number == 1 else ():
-                namespace[name] = getattr(program, name)
+            if number == 1:
+                namespace.update({name: getattr(program, name) for name in names})
             exec(compile(test, "test.py", "exec"), namespace)
         except (Exception, SystemExit) as error:
-            print(f"test {number} of {len(tests)}: {type(error).__name__}: {error}"[:200], file=sys.stderr, flush=True)
+            line = f"test {number} of {len(tests)}: {type(error).__name__}: {error}"
+            print(line[:200], file=sys.stderr, flush=True)
             os._exit(1)
     os._exit(0)
 
@@ -329,11 +399,12 @@ def ask(channel: Channel, *request):
     channel.send(request)
     kind, *reply = channel.receive()
     if kind == "raise":
-        known = getattr(builtins, str(reply[0]), None)
-        special = StopIteration, StopAsyncIteration, UnicodeError  # would end a test's loop; takes five arguments
+        name, message = reply
+        known = getattr(builtins, str(name), None)
+        special = (StopIteration, StopAsyncIteration, UnicodeError)  # would end a test's loop; takes five arguments
         if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, special):
-            raise known(reply[1])
-        raise RuntimeError(f"{reply[0]}: {reply[1]}")
+            raise known(message)
+        raise RuntimeError(f"{name}: {message}")
     return reply
 
 
@@ -367,16 +438,28 @@ def remote_class(channel: Channel) -> type:
             return iter(decode(ask(channel, "list", self._handle)[0], Remote))
 
         def __call__(self, *given, **named):
-            arguments = [encode(argument) for argument in given], {name: encode(a) for name, a in named.items()}
-            result, after = ask(channel, "call", self._handle, *arguments)
-            for before, now in zip(given, [decode(argument, Remote) for argument in after], strict=True):
-                if isinstance(before, list) and isinstance(now, list):
-                    before[:] = now  # a function may sort its argument in place
-                elif isinstance(before, dict) and isinstance(now, dict):
-                    before.clear(), before.update(now)
+            positional = [encode(argument) for argument in given]
+            keywords = {name: encode(argument) for name, argument in named.items()}
+            result, after = ask(channel, "call", self._handle, positional, keywords)
+            changed = [decode(argument, Remote) for argument in after]
+            for argument, now in zip(given, changed, strict=True):
+                copy_changes(argument, now)
             return decode(result, Remote)
 
     return Remote
+
+
+def copy_changes(argument, now):
+    """Makes an argument what a call has left it as: a function may sort it in place."""
+    if isinstance(argument, list) and isinstance(now, list):
+        argument[:] = now
+    elif isinstance(argument, dict) and isinstance(now, dict):
+        argument.clear()
+        argument.update(now)
+
+
+COLLECTIONS = (list, tuple, set, frozenset)
+VIEWS = (range, type({}.keys()), type({}.values()), type({}.items()))  # become lists
 
 
 def encode(value, objects: list | None = None):
@@ -394,21 +477,23 @@ def encode(value, objects: list | None = None):
         case str():
             return str.__str__(value)
         case list() | tuple() | set() | frozenset():
-            kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind)).__name__
-            return {kind: [encode(item, objects) for item in value]}
+            kind = next(kind for kind in COLLECTIONS if isinstance(value, kind))
+            items = [encode(item, objects) for item in value]
+            return {kind.__name__: items}
         case dict():
-            return {"dict": [[encode(k, objects), encode(v, objects)] for k, v in value.items()]}
+            pairs = [[encode(key, objects), encode(item, objects)] for key, item in value.items()]
+            return {"dict": pairs}
         case complex():
             return {"complex": [value.real, value.imag]}
         case bytes() | bytearray():
             return {"bytes": value.decode("latin1")}
     if hasattr(value, "tolist"):  # NumPy
         return encode(value.tolist(), objects)
-    if hasattr(value, "__next__") or isinstance(value, (range, type({}.keys()), type({}.values()), type({}.items()))):
+    if hasattr(value, "__next__") or isinstance(value, VIEWS):
         return encode(list(value), objects)
-    if objects is None and hasattr(value, "_handle"):
-        return {"object": value._handle}  # a Remote
     if objects is None:
+        if hasattr(value, "_handle"):
+            return {"object": value._handle}  # a Remote
         raise TypeError(f"a test gives the program a {type(value).__name__}; only plain data can be given")
     objects.append(value)
     return {"object": len(objects) - 1}
@@ -421,9 +506,9 @@ def decode(value, remote=None):
     ((kind, content),) = value.items()
     if kind == "int":
         return int(content, 16)
-    kinds = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    if kind in kinds:
-        return kinds[kind]([decode(item, remote) for item in content])
+    for collection in COLLECTIONS:
+        if kind == collection.__name__:
+            return collection([decode(item, remote) for item in content])
     if kind == "dict":
         return {decode(key, remote): decode(item, remote) for key, item in content}
     if kind == "complex":
@@ -472,15 +557,23 @@ def landlock(libc) -> bool:
     Not all of /usr: images keep projects, and so ground truths, in /usr/src.
     """
     CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the numbers of all architectures
-    ALL, READ_FILE, READ_DIR, BENEATH = 0x1FFF, 1 << 2, 1 << 3, 1
-    ruleset = libc.syscall(CREATE_RULESET, ctypes.byref(ctypes.c_uint64(ALL)), ctypes.c_size_t(8), 0)
+    READ_FILE, READ_DIR = 1 << 2, 1 << 3
+    ALL = 0x1FFF  # rights of the first version
+    BENEATH = 1  # the type of a rule
+    handled = ctypes.c_uint64(ALL)
+    ruleset = libc.syscall(CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         return False
-    folders = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache"}
-    folders |= {"/dev/null", "/dev/urandom", f"{sys.base_prefix}/lib", os.path.dirname(os.__file__), sys.path[0]}
-    for path in sorted(filter(os.path.exists, folders)):
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
+    devices = ("/dev/null", "/dev/urandom")
+    python = (f"{sys.base_prefix}/lib", os.path.dirname(os.__file__), sys.path[0])  # the last is site-packages
+    for path in sorted({*system, *devices, *python}):
+        if not os.path.exists(path):
+            continue
         fd = os.open(path, os.O_PATH)
-        rights = READ_FILE | (READ_DIR if os.path.isdir(path) else 0)
+        rights = READ_FILE
+        if os.path.isdir(path):
+            rights |= READ_DIR
         rule = rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)  # struct landlock_path_beneath_attr
         if libc.syscall(ADD_RULE, ruleset, BENEATH, rule, 0):
             return False
@@ -490,7 +583,7 @@ def landlock(libc) -> bool:
     return enforced
 
 
-# Permitted system calls: name, number on x86-64, number on ARM64 (None where it does not exist).
+# Permitted system calls: name, number on x86-64, number on ARM64 (- where it does not exist).
 CALLS = """
     read 0 63, write 1 64, close 3 57, fstat 5 80, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214,
     rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, ioctl 16 29, pread64 17 67, readv 19 65,
@@ -507,45 +600,93 @@ CALLS = """
 """
 
 
-def seccomp(libc) -> bool:
-    """Permit CALLS, some only with harmless arguments; all others fail with ENOSYS, as on a kernel without them."""
-    architectures = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}
-    if os.uname().machine not in architectures:
-        return False
-    architecture, column = architectures[os.uname().machine]
-    rows = [entry.split() for entry in CALLS.split(",")]
-    numbers = {row[0]: int(row[column]) for row in rows if row[column] != "-"}
-    CLONE_THREAD, WRITES = 0x10000, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_TMPFILE & ~os.O_DIRECTORY
-    # argument, mask, values of (argument & mask) that are permitted
-    conditions = {
+def conditions() -> dict[str, tuple[int, int, list[int]]]:
+    """The calls that are permitted with some arguments only.
+
+    {call: (number of the argument, mask, values of (argument & mask) that are permitted)}
+    """
+    CLONE_THREAD = 0x10000
+    CREATES = os.O_CREAT | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
+    WRITES = os.O_WRONLY | os.O_RDWR | CREATES
+    ALL = 0xFFFFFFFF
+    return {
         "clone": (0, CLONE_THREAD, [CLONE_THREAD]),  # threads, no processes
         "openat": (2, WRITES, [0]),
-        "tgkill": (0, 0xFFFFFFFF, [os.getpid()]),  # abort(), and nobody else
-        "prlimit64": (0, 0xFFFFFFFF, [0]),  # its own limits
-        "fcntl": (1, 0xFFFFFFFF, [0, 1, 2, 3, 1030]),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
-        "ioctl": (1, 0xFFFFFFFF, [0x5401, 0x5413, 0x5450, 0x5451]),  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
+        "tgkill": (0, ALL, [os.getpid()]),  # abort(), and nobody else
+        "prlimit64": (0, ALL, [0]),  # its own limits
+        "fcntl": (1, ALL, [0, 1, 2, 3, 1030]),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
+        "ioctl": (1, ALL, [0x5401, 0x5413, 0x5450, 0x5451]),  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
     }
-    LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06  # classic BPF on struct seccomp_data {nr, arch, ip, args[6]}
-    KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x00050001, 0x00050026
-    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+
+
+def filter_program(architecture: int, numbers: dict[str, int]) -> list[tuple[int, int, int, int]]:
+    """Instructions of classic BPF on struct seccomp_data {nr, arch, ip, args[6]}: which calls the kernel lets through.
+
+    Each is (operation, instructions to skip if true, to skip if false, operand).
+    """
+    LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06  # operations
+    KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x00050001, 0x00050026  # what is returned
+    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # places in seccomp_data
+    LOW_HALF = 0 if sys.byteorder == "little" else 4  # of an argument, which has 8 bytes
+    program = [
+        (LOAD, 0, 0, ARCHITECTURE),
+        (EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
+    ]
+    limited = conditions()
     for name, number in numbers.items():
-        answer = [(RETURN, 0, 0, ALLOW)]
-        if name in conditions:
-            argument, mask, values = conditions[name]
-            little = sys.byteorder == "little"
-            answer = [(LOAD, 0, 0, 16 + 8 * argument + (0 if little else 4)), (AND, 0, 0, mask)]
+        answer = []
+        if name in limited:
+            argument, mask, values = limited[name]
+            answer.append((LOAD, 0, 0, ARGUMENTS + 8 * argument + LOW_HALF))
+            answer.append((AND, 0, 0, mask))
             for value in values:
-                answer += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
-            answer += [(RETURN, 0, 0, EPERM)]
-        program += [(EQUAL, 0, len(answer), number), *answer]
-    program += [(RETURN, 0, 0, ENOSYS)]
+                answer.append((EQUAL, 0, 1, value))
+                answer.append((RETURN, 0, 0, ALLOW))
+            answer.append((RETURN, 0, 0, EPERM))
+        else:
+            answer.append((RETURN, 0, 0, ALLOW))
+        program.append((EQUAL, 0, len(answer), number))
+        program += answer
+    program.append((RETURN, 0, 0, ENOSYS))
+    return program
 
-    class Instruction(ctypes.Structure):
-        _fields_ = [("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)]
 
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
+class Instruction(ctypes.Structure):
+    """struct sock_filter"""
 
+    _fields_ = [
+        ("code", ctypes.c_uint16),
+        ("jump_if_true", ctypes.c_uint8),
+        ("jump_if_false", ctypes.c_uint8),
+        ("operand", ctypes.c_uint32),
+    ]
+
+
+class Program(ctypes.Structure):
+    """struct sock_fprog"""
+
+    _fields_ = [
+        ("length", ctypes.c_uint16),
+        ("instructions", ctypes.POINTER(Instruction)),
+    ]
+
+
+def seccomp(libc) -> bool:
+    """Permit CALLS, some only with harmless arguments; all others fail with ENOSYS, as on a kernel without them."""
+    architectures = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}  # number, column of CALLS
+    machine = os.uname().machine
+    if machine not in architectures:
+        return False
+    architecture, column = architectures[machine]
+    numbers = {}
+    for call in CALLS.split(","):
+        row = call.split()
+        if row[column] != "-":
+            numbers[row[0]] = int(row[column])
+    program = filter_program(architecture, numbers)
     instructions = (Instruction * len(program))(*program)
+    whole = Program(len(program), instructions)
     PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
-    return libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(Program(len(program), instructions)), 0, 0) == 0
+    return libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(whole), 0, 0) == 0

@@ -1,0 +1,29 @@
+"""The environment of reinforcement learning with verifiable rewards: it turns completions into rewards.
+
+    from rewards import score
+
+    score([("gsm8k", "... so she pays $18.", "18")])    # [Verdict(reward=1.0, reason='right', answer='18')]
+
+    verifiers.py    what is right, for each kind of task; ifeval.py has the 25 instructions of IFEval
+    pool.py         who judges: processes that can be killed, because completions are hostile
+    sandbox.py      where programs that a model wrote run
+
+    python -m rewards train.jsonl samples.jsonl     # checks ground truths; scores rows that have a `completion`
+
+The processes that judge import this package, so nothing here may load torch or transformers.
+"""
+
+from rewards.pool import Pool, failure_rates, score
+from rewards.verifiers import REASONS, VERIFIERS, Verdict, Verifier, judge, verifier
+
+__all__ = [
+    "REASONS",
+    "VERIFIERS",
+    "Pool",
+    "Verdict",
+    "Verifier",
+    "failure_rates",
+    "judge",
+    "score",
+    "verifier",
+]

@@ -1,0 +1,349 @@
+"""The environment of reinforcement learning: prompts in, judged groups of completions out. What Gym is to CleanRL.
+
+    rollouts = Rollouts(args, chat, rows, eval_rows, Sample, run.signals)      starts the verifiers, checks every row
+    rollouts.make_sampler(config, device)
+    rollouts.sync(policy)                                                      copies the weights, after every update
+    groups = rollouts.sample(step, missing)                                    [[Sample, ...] of a prompt, ...]
+
+Each rank samples and judges a share of the prompts, without waiting for the others; then every rank gets the groups of
+all. What is learned from them (advantages, losses, updates) is the scripts' business.
+
+Prompts come from a *stream*: the rows of the data, shuffled anew in each epoch (`common.stream`). A *position* in it
+names a prompt, and what is sampled for a position is a function of (seed, step, position, number of the sample), so
+neither the number of ranks nor that of slots decides about it. A *group* is the completions of one position.
+
+Shapes:  L tokens of a sample, of which the last N are its completion.
+"""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+import common
+from kernels.sampler import Sampler, SamplingParams
+from rewards.pool import Pool, failure_rates
+from rewards.verifiers import Verdict
+
+
+@dataclass
+class JudgedCompletion:
+    """A completion of N tokens behind its prompt, together L tokens, and the verdict on it."""
+
+    position: int  # of its prompt in the stream; its group has the same
+    row: int  # of its prompt in the data
+    begun: int  # the step in which it was asked for
+    input_ids: np.ndarray  # (L,) prompt and completion
+    trained: np.ndarray  # (L,) true in the completion
+    behaviour_logprobs: np.ndarray  # (N,) of its tokens when they were sampled, temperature included
+    ended: bool  # with an end token; otherwise it was cut off
+    text: str
+    reward: float
+    verdict: Verdict
+
+    def columns(self, *names):
+        """For common.pack: input_ids, trained, and of each name its numbers, 0 in the prompt; all (L,).
+
+        A name is an attribute that holds (N,) numbers, or one number for every token of the completion.
+        """
+        columns = [self.input_ids, self.trained]
+        for name in names:
+            column = np.zeros(len(self.trained))
+            column[self.trained] = getattr(self, name)
+            columns.append(column)
+        return columns
+
+    def to_log(self):
+        """What a script adds to this sample's line in samples.jsonl: {key: value}."""
+        return {}
+
+
+class Rollouts:
+    """Completions of the prompts in `rows`, judged.
+
+    Args:
+        args: has group_size, max_new_tokens, temperature, inflight, max_staleness, slots, max_length, seed, out,
+            verifier_workers, sandbox, max_logprob_gap, log_samples, eval_samples, eval_temperature.
+        chat: the common.ChatFormat. rows: common.Rows of a common.PromptEncoder. eval_rows: likewise, or None.
+        sample_class: JudgedCompletion, or a dataclass made from it. signals: a list; once there is something in it,
+            sampling ends early.
+
+    Raises:
+        RunError: on every rank, if a verifier does not exist or cannot use the ground truth of a row.
+    """
+
+    def __init__(self, args, chat, rows, eval_rows=None, sample_class=JudgedCompletion, signals=()):
+        self.args = args
+        self.chat = chat
+        self.rows = rows
+        self.sample_class = sample_class
+        self.signals = signals
+        self.cursor = 0  # the next position in the stream
+        self.pool = Pool(args.verifier_workers, args.sandbox)
+        self._check(rows)
+        if eval_rows:
+            self._check(eval_rows)
+
+    def make_sampler(self, config, device):
+        """Makes the sampler, without weights: `sync` brings them. Raises RunError if it cannot be, or has no room."""
+        eos_ids = {self.chat.end_of_turn, self.chat.tokenizer.eos_token_id} - {None}
+        try:
+            self.sampler = Sampler(config, self.args.slots, self.args.max_length, eos_ids, device)
+        except ValueError as error:
+            raise common.RunError(str(error)) from None
+
+    def sync(self, policy):
+        """Copies the policy's weights to the sampler. All ranks call it together."""
+        self.sampler.sync(policy)
+
+    def sample(self, step, missing):
+        """Groups for `missing` prompts of the stream, in its order. All ranks call it together.
+
+        With --inflight F, there are F prompts more on their way than are missing, and a rank returns once its share of
+        `missing` is answered, whichever prompts these are. What is unfinished then goes on in the next call, under the
+        weights of then. A rank with a prompt that was begun --max_staleness steps ago finishes all of its own, so there
+        may be more groups than are missing. After a signal there may be fewer.
+        """
+        args = self.args
+        in_flight = sum(self._gather([len(self.sampler.groups)]))  # over all ranks
+        new = max(0, missing + args.inflight - in_flight)
+        positions = range(self.cursor, self.cursor + new)
+        self.cursor += new
+        begun = [step_begun for step_begun, _ in self.sampler.groups]  # of what this rank has in flight
+        enough = None  # all that this rank has begun
+        if args.inflight and step - min(begun, default=step) < args.max_staleness:
+            enough = len(self._my_share(range(missing)))
+        mine = self._my_share(positions)
+        params = SamplingParams(
+            n=args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
+        )
+        completions = self.sampler.sample(
+            self._prompts(self.rows, [self._row(position) for position in mine]),
+            params,
+            step=step,
+            indices=mine,
+            enough=enough,
+            stop=lambda: bool(self.signals),
+        )
+        return self._judge(self.rows, completions, [self._row(c.index) for c in completions])
+
+    def sample_all(self, rows):
+        """Groups of --eval_samples for every one of other `rows`. What is in flight waits meanwhile."""
+        args = self.args
+        waiting = self.sampler.state_dict()
+        self.sampler.load_state_dict({"completions": []})
+        mine = self._my_share(range(len(rows)))
+        params = SamplingParams(
+            n=args.eval_samples, max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, seed=args.seed
+        )
+        step = -1  # its noise is no training step's
+        completions = self.sampler.sample(self._prompts(rows, mine), params, step=step, indices=mine)
+        self.sampler.load_state_dict(waiting)
+        return self._judge(rows, completions, [c.index for c in completions])
+
+    def evaluate(self, policy, rows, done):
+        """Metrics of held-out `rows`, under the policy's weights after so many steps; prints some completions."""
+        self.sync(policy)
+        groups = self.sample_all(rows)
+        for line in self.write(done, groups, rows)[:3]:
+            tqdm.write(f"{line['reward']:6.2f} {line['reason']:9}{line['prompt'][-60:]!r} {line['completion'][:120]!r}")
+        metrics = held_out_metrics(groups)
+        if _rank() == 0:
+            low, high = metrics["eval_reward_low"], metrics["eval_reward_high"]
+            tqdm.write(f"step {done}: held-out reward {metrics['eval_reward']:.3f} [{low:.3f}, {high:.3f}]")
+        return metrics
+
+    def write(self, done, groups, held_out_rows=None):
+        """On rank 0, appends the first --log_samples completions to samples.jsonl. Returns these lines, as dicts."""
+        if _rank() != 0:
+            return []
+        rows = held_out_rows or self.rows
+        lines = []
+        for sample in flatten(groups)[: self.args.log_samples]:
+            prompt_ids = sample.input_ids[~sample.trained]
+            line = {
+                "step": done,
+                "row": rows.where(sample.row),
+                "prompt": self.chat.tokenizer.decode(prompt_ids, skip_special_tokens=True),
+                "completion": sample.text,
+                "reward": sample.reward,
+                "reason": sample.verdict.reason,
+                "answer": sample.verdict.answer,
+                "ended": sample.ended,
+                "held_out": held_out_rows is not None,
+                **sample.to_log(),
+            }
+            lines.append(line)
+        with open(Path(self.args.out, "samples.jsonl"), "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        return lines
+
+    def check_gap(self, samples, step):
+        """Whether sampler and trainer agree: compares `behaviour_logprobs` with `old_logprobs`, of the same weights.
+
+        Raises RunError if one token's differ by more than --max_logprob_gap. Samples begun before `step` do not count:
+        other weights sampled them.
+        """
+        gaps = [np.abs(s.old_logprobs - s.behaviour_logprobs).max() for s in samples if s.begun == step]
+        if not gaps:
+            return
+        gap = max(gaps)
+        bound = self.args.max_logprob_gap
+        if bound is None:
+            bound = 1.0 if self.sampler.device.type == "cuda" else 1e-3  # it computes in bf16 there
+        if _rank() == 0:
+            tqdm.write(f"largest difference of a sampled and a recomputed log-probability: {gap:.2e}")
+        if gap > bound:
+            raise common.RunError(
+                f"sampled and recomputed log-probabilities differ by {gap:.3g}, more than --max_logprob_gap {bound}"
+            )
+
+    def state_dict(self):
+        """What this rank needs to go on: the cursor, and its completions in flight."""
+        return {"cursor": self.cursor, "sampler": self.sampler.state_dict()}
+
+    def load_state_dicts(self, states):
+        """Goes on from the `state_dict` of every rank of then; of no ranks, from the beginning.
+
+        On as many ranks as then each gets its own back. On more or fewer the groups in flight are dealt anew.
+        """
+        if not states:
+            return
+        self.cursor = states[0]["cursor"]
+        completions = [state["sampler"]["completions"] for state in states]  # of each rank
+        if len(states) == _world():
+            mine = completions[_rank()]
+        else:
+            groups = _grouped(flatten(completions), lambda c: (c["step"], c["index"]))
+            mine = flatten(self._my_share(groups))
+        self.sampler.load_state_dict({"completions": mine})
+
+    def close(self):
+        """Ends the processes that judge."""
+        self.pool.close()
+
+    def _judge(self, rows, completions, row_numbers):
+        """The groups of all ranks, by position, from this rank's completions and the rows of their prompts."""
+        tokenizer = self.chat.tokenizer
+        texts = []
+        jobs = []
+        for completion, row in zip(completions, row_numbers, strict=True):
+            answer = completion.token_ids[:-1] if completion.ended else completion.token_ids  # without the end token
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            texts.append(text)
+            # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
+            if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
+                text = "<think>" + text
+            verifier, ground_truth, weights = json.loads(rows.table[row]["job"])
+            jobs.append((verifier, text, ground_truth, weights))
+        verdicts = self.pool.score(jobs)
+        samples = []
+        for completion, row, text, verdict in zip(completions, row_numbers, texts, verdicts, strict=True):
+            input_ids = np.concatenate([completion.prompt_ids, completion.token_ids])
+            sample = self.sample_class(
+                position=completion.index,
+                row=row,
+                begun=completion.step,
+                input_ids=input_ids,
+                trained=np.arange(len(input_ids)) >= len(completion.prompt_ids),
+                behaviour_logprobs=completion.logprobs,
+                ended=completion.ended,
+                text=text,
+                reward=verdict.reward,
+                verdict=verdict,
+            )
+            samples.append(sample)
+        return _grouped(self._gather(samples), lambda sample: sample.position)
+
+    def _check(self, rows):
+        """Raises RunError, on every rank, if a verifier does not exist or cannot use the ground truth of a row."""
+        mine = self._my_share(range(len(rows)))
+        jobs = []
+        for job in rows.table["job"][:][_rank() :: _world()]:
+            verifier, ground_truth, weights = json.loads(job)
+            jobs.append((verifier, "", ground_truth, weights))
+        problems = [(mine[i], message) for i, message in self.pool.check(jobs).items()]
+        problems = sorted(self._gather(problems))
+        if problems:
+            row, message = problems[0]
+            raise common.RunError(f"{rows.where(row)}: {message}")
+
+    def _prompts(self, rows, row_numbers):
+        """Their token ids."""
+        if not row_numbers:
+            return []
+        return [input_ids for input_ids, _ in rows.sequences(row_numbers)]
+
+    def _row(self, position):
+        """The row at a position of the stream."""
+        return int(common.stream(len(self.rows), self.args.seed, [position])[0])
+
+    def _my_share(self, items):
+        """Every world-th, beginning with this rank's."""
+        return list(items)[_rank() :: _world()]
+
+    def _gather(self, items):
+        """The lists of all ranks, one behind the other. All ranks call it together."""
+        if not dist.is_initialized():
+            return items
+        lists = [None] * _world()
+        dist.all_gather_object(lists, items)
+        return flatten(lists)
+
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _grouped(items, key):
+    """[[item, ...] of one key, ...], by key; those of one key in the order in which they came."""
+    return [list(group) for _, group in itertools.groupby(sorted(items, key=key), key)]
+
+
+def flatten(lists):
+    """[item of a list, ...]."""
+    return list(itertools.chain.from_iterable(lists))
+
+
+def rollout_metrics(groups, step):
+    """Metrics of all groups that were sampled, whether they are trained on or not."""
+    samples = flatten(groups)
+    lengths = [int(sample.trained.sum()) for sample in samples]
+    rewards = [[sample.reward for sample in group] for group in groups]
+    metrics = {
+        "reward": np.mean([sample.reward for sample in samples]),
+        "reward_std": np.mean([np.std(group) for group in rewards]),
+        "zero_std_groups": np.mean([len(set(group)) == 1 for group in rewards]),
+        "completion_tokens": np.mean(lengths),
+        "eos_rate": np.mean([sample.ended for sample in samples]),
+        "sampled_tokens": sum(lengths),
+        "staleness": np.mean([step - sample.begun for sample in samples]),
+        **failure_rates([sample.verdict for sample in samples]),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def held_out_metrics(groups):
+    """Mean reward, with its 95 % interval over prompts, pass@1 and pass@k, of one group for each held-out prompt."""
+    means = np.array([np.mean([sample.reward for sample in group]) for group in groups])
+    half = math.inf  # of the interval
+    if len(means) > 1:
+        half = 1.96 * means.std(ddof=1) / math.sqrt(len(means))
+    right = np.array([[sample.verdict.reason == "right" for sample in group] for group in groups])  # (prompts, k)
+    metrics = {
+        "eval_reward": means.mean(),
+        "eval_reward_low": means.mean() - half,
+        "eval_reward_high": means.mean() + half,
+        "eval_pass_at_1": right.mean(),
+        f"eval_pass_at_{right.shape[1]}": right.any(axis=1).mean(),
+    }
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,443 @@
+"""Processes that judge completions, and that can be killed.
+
+    with Pool() as pool:
+        pool.score([("gsm8k", "... so she pays $18.", "18")])      # [Verdict(reward=1.0, reason='right', answer='18')]
+
+A job is (verifier, completion, ground_truth), the first and the last as in the columns `dataset` and `ground_truth` of
+the published RLVR data; both may be lists, with a list of weights as a fourth entry, and the reward is then the
+weighted sum.
+
+sympy can be made to compute for ever in one call that no signal interrupts, or to ask for all memory, by a completion
+of ten characters. So nothing is judged in the caller, and no thread or handler is relied on: a worker over its limit is
+killed and replaced, its job gets the reason `timeout`, and the next job does not notice. The limit is processor time
+(`Verifier.seconds`; five times that on the clock), so that a busy machine fails nobody, and `MEMORY`. A verdict is a
+function of the completion and the ground truth, except at the edge of these limits.
+
+The caller never forks (it may hold CUDA), starts no thread, and reads 64 KiB of a reply at most.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+
+from rewards import sandbox, verifiers
+from rewards.sandbox import SIGKILL, die_with
+from rewards.verifiers import REASONS, VERIFIERS, Verdict, judge, registered_name
+
+MEMORY = 2**30  # bytes of address space of a worker
+RECYCLED = 2**29  # a worker that has ever been this large is replaced
+REPLY = 65536  # bytes of a verdict, at most
+
+
+# ---------------------------------------------------------------- jobs and verdicts
+
+
+def score(jobs: list[tuple]) -> list[Verdict]:
+    """Judges in processes that are started for this call, which takes a second. See `Pool.score`."""
+    with Pool() as pool:
+        return pool.score(jobs)
+
+
+def failure_rates(verdicts: list[Verdict]) -> dict[str, float]:
+    """The shares of completions that were not judged, as metrics."""
+    counts = Counter(verdict.reason for verdict in verdicts)
+    total = max(len(verdicts), 1)
+    return {f"{reason}_rate": counts[reason] / total for reason in ("unparsed", "timeout", "crash")}
+
+
+def split_job(verifiers, completion, ground_truths, weights=None) -> tuple[list[tuple], list[float]]:
+    """The parts of a job: [(verifier, completion, ground truth), ...], their weights. RunError if it is not a job."""
+    if isinstance(verifiers, str):
+        verifiers = [verifiers]
+        ground_truths = [ground_truths]
+        if weights is not None:
+            weights = [weights]
+    if weights is None:
+        weights = [1.0] * len(verifiers)
+    if not isinstance(ground_truths, list) or not len(verifiers) == len(ground_truths) == len(weights):
+        fail(f"{len(verifiers)} verifiers need lists of as many ground truths and weights")
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        fail(f"weights are {weights}, expected finite numbers")
+    names = [registered_name(verifier) for verifier in verifiers]
+    for verifier, name in zip(verifiers, names, strict=True):
+        if name is None:
+            fail(f"no verifier is named {verifier!r}; there are {', '.join(VERIFIERS)}")
+    pairs = zip(names, ground_truths, strict=True)
+    return [(name, completion, ground_truth) for name, ground_truth in pairs], weights
+
+
+def combine(verdicts: list[Verdict], weights: list[float]) -> Verdict:
+    """The weighted sum; the most serious reason; every answer."""
+    reward = sum(weight * verdict.reward for weight, verdict in zip(weights, verdicts, strict=True))
+    reason = max((verdict.reason for verdict in verdicts), key=REASONS.index)
+    answer = " | ".join(verdict.answer for verdict in verdicts)
+    return Verdict(reward, reason, answer)
+
+
+def fail(message: str):
+    """Raises RunError, which a script prints as one line."""
+    from common import RunError  # not at the top: workers import this file, and common.py imports transformers
+
+    raise RunError(message)
+
+
+# ---------------------------------------------------------------- the caller's side
+
+
+class Pool:
+    """Worker processes that judge. Close it, or use it in a `with`; a caller that dies takes the workers with it.
+
+    Args:
+        workers: processes; by default the processor cores that are this rank's share of the machine.
+        sandbox: what model-written code is run in, "full" or "weak"; see sandbox.py. Checked when first needed.
+        max_failed: the share of completions that may end as `timeout`, `crash` or `bad_ground_truth` in one call of
+            `score` (of 32 or more). Above it the verifier is broken, which would otherwise look like a weak model.
+
+    Raises:
+        RunError: a verifier is defined in the script itself.
+    """
+
+    def __init__(self, workers: int | None = None, sandbox: str = "full", max_failed: float = 0.2):
+        modules = sorted({verifier.judge.__module__ for verifier in VERIFIERS.values()})
+        if "__main__" in modules:
+            fail("a verifier is defined in the script itself, which workers do not import: give it a module of its own")
+        if not workers:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = max(1, len(os.sched_getaffinity(0)) // ranks)
+        self.sandbox = sandbox
+        self.sandbox_checked = False
+        self.max_failed = max_failed
+        self.workers = [Worker(modules, sandbox) for _ in range(workers)]
+
+    def score(self, jobs: list[tuple]) -> list[Verdict]:
+        """Judges completions.
+
+        Args:
+            jobs: (verifier, completion, ground_truth[, weight]), or a tuple of lists of these but for the completion.
+
+        Returns:
+            One Verdict for each job, in order.
+
+        Raises:
+            RunError: it is not a job, too many could not be judged, or the sandbox or the workers do not start.
+        """
+        split = [split_job(*job) for job in jobs]
+        verdicts = self._run([part for parts, _ in split for part in parts])
+        self._fail_if_broken(verdicts)
+        combined = []
+        remaining = iter(verdicts)
+        for parts, weights in split:
+            own = [next(remaining) for _ in parts]
+            combined.append(combine(own, weights))
+        return combined
+
+    def check(self, jobs: list[tuple]) -> dict[int, str]:
+        """What is wrong with jobs: {index: message}, in order. Their completions are not looked at.
+
+        Raises RunError if the sandbox or the workers do not start.
+        """
+        from common import RunError
+
+        problems = {}
+        questions = []
+        owners = []  # the job that a question is of
+        for index, job in enumerate(jobs):
+            try:
+                parts, _ = split_job(*job)
+            except RunError as error:
+                problems[index] = str(error)
+                continue
+            for name, _, ground_truth in parts:
+                questions.append((name, None, ground_truth))
+                owners.append(index)
+        verdicts = self._run(questions)
+        for index, (name, *_), verdict in zip(owners, questions, verdicts, strict=True):
+            if verdict.reason != "right":
+                problems[index] = f"ground_truth of {name!r}: {verdict.answer or verdict.reason}"
+        return dict(sorted(problems.items()))
+
+    def close(self):
+        """Ends the processes."""
+        for worker in self.workers:
+            worker.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _fail_if_broken(self, verdicts):
+        failed = [verdict for verdict in verdicts if verdict.reason in ("timeout", "crash", "bad_ground_truth")]
+        if len(failed) > self.max_failed * max(len(verdicts), 32):
+            counts = Counter(verdict.reason for verdict in failed)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            example = next((verdict.answer for verdict in failed if verdict.answer), "")
+            fail(f"{len(failed)} of {len(verdicts)} completions could not be judged ({reasons}) {example}".strip())
+
+    def _check_sandbox(self):
+        try:
+            missing = sandbox.require(self.sandbox)
+        except sandbox.SandboxError as error:
+            fail(str(error))
+        if missing:
+            print(f"sandbox: {self.sandbox}, without {', '.join(missing)}")
+        self.sandbox_checked = True
+
+    def _run(self, parts: list[tuple]) -> list[Verdict]:
+        """One verdict for each (verifier, completion, ground truth)."""
+        if not self.sandbox_checked and any(name.startswith("code") for name, *_ in parts):
+            self._check_sandbox()
+        verdicts = [None] * len(parts)
+        try:
+            self._judge(parts, verdicts)
+        except BaseException:
+            for worker in self.workers:
+                worker.kill()  # no verdict of these parts may be taken for one of the next
+            raise
+        return verdicts
+
+    def _judge(self, parts, verdicts):
+        """Fills in `verdicts`. Every part waits, or is one worker's, or has its verdict."""
+        waiting = deque(range(len(parts)))
+        has_crashed = set()
+        left = len(parts)
+        while left:
+            self._give_out(parts, waiting)
+            for index, verdict in self._news():
+                if verdict is None and index not in has_crashed:
+                    # The process died. The kernel may have killed it for the memory of others: once more.
+                    has_crashed.add(index)
+                    waiting.appendleft(index)
+                else:
+                    verdicts[index] = verdict or Verdict(0.0, "crash", "the process that judged it died")
+                    left -= 1
+
+    def _give_out(self, parts, waiting):
+        """To each idle worker a part of those that wait."""
+        for worker in self.workers:
+            if waiting and worker.is_idle():
+                index = waiting[0]
+                if worker.give(index, parts[index]):
+                    waiting.popleft()
+
+    def _news(self) -> list[tuple[int, Verdict | None]]:
+        """Waits for workers, and returns what has become of parts, if anything: (part, its verdict), ...
+
+        The verdict is None if the process that was to judge has died.
+        """
+        active = [worker for worker in self.workers if not worker.is_idle()]
+        sources = [worker.source() for worker in active]
+        ready = wait(sources, min(worker.patience() for worker in active))
+        news = []
+        for worker in active:
+            index = worker.job
+            if worker.source() in ready:
+                verdict = worker.receive()
+            elif worker.patience() == 0:
+                verdict = worker.kill()
+            else:
+                continue
+            if index is not None:  # otherwise there was news of a child, not of a part
+                news.append((index, verdict))
+        return news
+
+
+class Worker:
+    """A supervisor process and the child that it has forked to judge.
+
+    The supervisor has everything imported, so a killed child is replaced in milliseconds; a killed supervisor is
+    started again. Each child comes with a socket of its own, which ends when the child does. So a worker is
+
+        starting   connection None: `source` is the supervisor, which will send the next child's socket
+        idle       connection, no job
+        busy       connection and job: `source` is the child, which will send a verdict or end
+
+    `job` is the index that `give` was called with. `pid` is the child's.
+    """
+
+    def __init__(self, modules: list[str], level: str):
+        self.arguments = json.dumps([sys.path, modules, level])
+        self.failed_starts = 0
+        self.start()
+
+    def start(self):
+        """Starts a supervisor, without waiting for it."""
+        self.connection = self.job = None
+        self.control, theirs = socket.socketpair()
+        code = (
+            "import json, sys; sys.path = json.loads(sys.argv[1])[0]; "
+            "from rewards import pool; pool.supervise(*sys.argv[1:])"
+        )
+        environment = {  # no keys
+            "PYTHONHASHSEED": "0",  # the same order of sets every time
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("PATH", "HOME", "LD_LIBRARY_PATH"):
+            if name in os.environ:
+                environment[name] = os.environ[name]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, self.arguments, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+
+    def is_idle(self) -> bool:
+        """Whether it can be given a job."""
+        return self.connection is not None and self.job is None
+
+    def source(self):
+        """What has something to read next: the supervisor's news of a child, or the child's verdict."""
+        return self.connection or self.control
+
+    def give(self, index: int, part: tuple) -> bool:
+        """Sends (verifier, completion, ground truth); False if the child has died meanwhile."""
+        name, *_ = part
+        try:
+            self.seconds = VERIFIERS[name].seconds
+            self.clock = ~self.pid << 3 | 2  # the clock of a process's processor time: clock_getcpuclockid(3)
+            self.cpu_start = time.clock_gettime(self.clock)
+            self.wall_start = time.monotonic()
+            self.connection.send_bytes(json.dumps(part).encode())
+        except OSError:
+            self.disconnect()
+            return False
+        self.job = index
+        return True
+
+    def patience(self) -> float:
+        """Seconds until it has to be looked at again. 0: over the limit."""
+        if self.job is None:
+            return 60.0
+        try:
+            used = time.clock_gettime(self.clock) - self.cpu_start
+        except OSError:  # it has just died
+            used = 0.0
+        waited = time.monotonic() - self.wall_start
+        left = min(self.seconds - used, 5 * self.seconds - waited)
+        return max(0.0, left)
+
+    def receive(self) -> Verdict | None:
+        """Reads from `source`: a verdict, or None for a new child or for the end of one."""
+        if self.connection is None:
+            self.connect()
+            return None
+        try:
+            is_last, *reply = json.loads(self.connection.recv_bytes(REPLY))
+        except (EOFError, OSError):
+            self.disconnect()
+            return None
+        self.job = None
+        if is_last:
+            self.disconnect()
+        return Verdict(*reply)
+
+    def connect(self):
+        """Reads from the supervisor: the next child, or the end of it, and then starts another."""
+        message, fds, *_ = socket.recv_fds(self.control, 32, 1, socket.MSG_CMSG_CLOEXEC)
+        if fds:
+            self.pid = int(message)
+            self.connection = Connection(fds[0])
+            self.failed_starts = 0
+            return
+        self.failed_starts += 1
+        if self.failed_starts == 3:
+            fail("the processes that judge do not start; what they printed is above")
+        self.close()
+        self.start()
+
+    def disconnect(self):
+        """Forgets the child: it has died, or is about to be replaced."""
+        self.connection.close()
+        self.connection = self.job = None
+
+    def kill(self) -> Verdict:
+        """Kills the child, if there is one. Returns the verdict on its job."""
+        if self.connection is not None:
+            with suppress(ProcessLookupError):  # it may just have died
+                os.kill(self.pid, SIGKILL)
+            self.disconnect()
+        return Verdict(0.0, "timeout")
+
+    def close(self):
+        """Ends both processes."""
+        if self.connection is not None:
+            self.disconnect()
+        self.control.close()
+        self.process.kill()  # and the kernel its child
+        self.process.wait()
+
+
+# ---------------------------------------------------------------- the worker's side
+
+WARM_UP = [  # what else a first verdict would load
+    ("math", r"\boxed{\frac12}", "0.5"),
+    ("ifeval", "A sentence.", {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "en"}]}),
+]
+
+
+def supervise(arguments: str, control: str, caller: str):
+    """The main program of a supervisor: keep one child alive, and tell the caller of each.
+
+    Args:
+        arguments: JSON of the caller's sys.path, the modules that define verifiers, the level of the sandbox.
+        control: number of a socket to the caller.
+        caller: process id of the caller.
+    """
+    die_with(int(caller))
+    _, modules, level = json.loads(arguments)
+    verifiers.SANDBOX = level
+    logging.disable()  # hostile formulas cause many warnings
+    for module in modules:
+        import_module(module)
+    for part in WARM_UP:
+        judge(*part)
+    control = socket.socket(fileno=int(control))
+    supervisor = os.getpid()
+    while True:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            theirs.close()
+            die_with(supervisor)
+            serve(Connection(ours.detach()))
+            os._exit(0)
+        try:
+            ours.close()
+            socket.send_fds(control, [str(pid).encode()], [theirs.fileno()])
+            theirs.close()
+            os.waitpid(pid, 0)
+        except OSError:
+            return  # the caller has closed
+
+
+def serve(connection: Connection):
+    """The main program of a child: judge until the caller is gone."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    sys.set_int_max_str_digits(0)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)  # hostile formulas make sympy print warnings too, past `logging`
+    is_last = False
+    while not is_last:
+        try:
+            part = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        verdict = judge(*part)
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        is_last = largest > RECYCLED
+        connection.send_bytes(json.dumps([is_last, *verdict]).encode())
