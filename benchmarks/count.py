@@ -45,7 +45,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels.attention import _varlen  # noqa: E402
+from kernels.attention import Options, _varlen  # noqa: E402
 from kernels.head import CHUNK  # noqa: E402
 
 
@@ -88,7 +88,7 @@ LAUNCHES = {"slice_backward": 2, "select_backward": 2, "_varlen_attn": 2, "_varl
 def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
               cu_seq_lens_q=None, max_length_q=None, **kwargs):  # fmt: skip
     """`packed` as on CUDA."""
-    return _varlen(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+    return _varlen(query, key, value, cu_seq_lens_q, max_length_q, Options(scaling, dropout, sliding_window)), None
 
 
 AttentionInterface.register("counted", attention)

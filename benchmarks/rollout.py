@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, St
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels.sampler import LIMIT, Sampler  # noqa: E402
+from kernels.sampler import LIMIT, Sampler, SamplingParams  # noqa: E402
 
 
 @dataclass
@@ -79,7 +79,7 @@ class FixedLengths(Sampler):
         super()._refill(*args)
         for slot in self._used():
             c = self.active[slot]
-            self.state[slot, LIMIT] = len(c.prompt_ids) + int(self.lengths[c.prompt]) - 1
+            self.state[slot, LIMIT] = len(c.prompt_ids) + int(self.lengths[c.index]) - 1
 
 
 class Ended(StoppingCriteria):
@@ -97,7 +97,8 @@ class Ended(StoppingCriteria):
 
 def ours(args, model, sampler, prompts, lengths, greedy):
     sampler.lengths = lengths
-    completions = sampler.sample(prompts, 1, args.max_new_tokens, temperature=0.0 if greedy else 1.0)
+    params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=0.0 if greedy else 1.0)
+    completions = sampler.sample(prompts, params)
     return [c.token_ids.tolist() for c in completions]
 
 

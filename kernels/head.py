@@ -1,21 +1,46 @@
-"""The language-model head without its logits: cross-entropy and log-probabilities from hidden states.
+"""The language-model head without its logits: cross-entropy and log-probabilities straight from hidden states.
 
 For a trained token t with hidden state h (H,), head W (V, H), target y, temperature τ and soft-cap c (mostly τ = 1 and
 no soft-cap)
 
-    s = W h                 z = c tanh(s / c) / τ                 logsumexp = log Σ_v exp z_v
-    logprob = z_y - logsumexp       p = exp(z - logsumexp)        entropy = -Σ_v p_v log p_v
+    s = W h                                 the raw logits                                                       (1)
+    z = c tanh(s / c) / τ                   without a soft-cap z = s / τ                                         (2)
+    logsumexp = log Σ_v exp z_v                                                                                  (3)
+    logprob = z_y - logsumexp                                                                                    (4)
+    entropy = -Σ_v p_v log p_v              with p = exp(z - logsumexp)                                          (5)
 
-s has T·V numbers, 8 GB in float32 for 16,384 tokens and a vocabulary of 128k, so it is made in pieces and thrown away.
-The functions differ in when the gradient is made:
+and backwards, for a loss L,
 
-    linear_cross_entropy     in the forward, while the logits are there: three matrix products in all
+    dL/dz and dL/ds                         from dL/d logprob and dL/d entropy: `kernels/rows.py`           (6), (7)
+    dL/dh = Wᵀ dL/ds                                                                                             (8)
+    dL/dW = Σ_t (dL/ds)_t h_tᵀ                                                                                   (9)
+
+(1), (8) and (9) are matrix products of N·V·H multiplications for N trained tokens, and take nearly all the time. What
+happens to the logits between them goes row by row, two passes, and is in `kernels/rows.py`.
+
+Why in pieces. s has N·V numbers, 8 GB in float32 for 16,384 tokens and a vocabulary of 128k: more than all else in a
+training step of a small model. But no token's logits need another token's. So CHUNK tokens are taken at a time, and
+their logits thrown away before the next are made.
+
+Why the gradient is made in the forward. (6) needs the logits again, but when the backward comes they are gone, and
+making them again is a fourth product. If L is a sum over tokens of a function of (logprob, entropy), there is no need
+to wait: as soon as a chunk's log-probabilities are known, so are dL/d logprob and dL/d entropy, and (6) to (9) follow
+at once, while the logits are there. The backward only multiplies by the number that comes in.
+
+Why the other backward cuts along the vocabulary. Where L is something else (a sequence's sum inside a sigmoid), the
+backward has to make the logits again. By then logsumexp is known, the one thing in (2) to (7) that needs a whole row.
+So a piece may be some of the vocabulary for all tokens, instead of some tokens for all of the vocabulary. Then (9) is
+whole at once for these rows of W, written once by one product. Only (8) is summed over the pieces; the other way it
+would be (9), mostly much larger, in float32.
+
+    linear_cross_entropy     gradient in the forward: three matrix products in all
     linear_token_loss        likewise, for any loss that is a sum over tokens of a function of (logprob, entropy)
     linear_logprobs          for everything else: the backward makes the logits again, four matrix products
 
 Tokens with target -100 are taken out before the first product. Logits are float32 whatever the operands are: rounding
-them to bf16 moves the probability ratios of RL by more than 1 %. Sums over pieces are float32 too. What happens to the
-logits between the products is in `kernels/rows.py`.
+them to bf16 moves the probability ratios of RL by more than 1 %. Sums over pieces are float32 too.
+
+Shapes:  T tokens, N of them trained, C in a chunk; V vocabulary, U in a piece of it; H hidden size.
 """
 
 import math
@@ -25,6 +50,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from kernels import rows
+from kernels.rows import Softmax, Transform, Upstream
 
 CHUNK = 4096  # tokens whose logits over the whole vocabulary exist at one time
 IGNORE = -100  # target of a token that is not trained on
@@ -46,7 +72,9 @@ def linear_cross_entropy(hidden, weight, targets, softcap=None):
         ValueError: shapes, dtypes or devices do not fit together, weight is a shard, a target is outside [0, V), or
             softcap <= 0.
     """
-    loss, _, _ = _apply_token_loss(hidden, weight, targets, lambda logprobs, *_: -logprobs, False, 1.0, softcap)
+    transform = Transform(temperature=1.0, softcap=softcap)
+    _check(hidden, weight, targets, transform)
+    loss, _, _ = _apply_token_loss(hidden, weight, targets, _minus_logprob, with_entropy=False, transform=transform)
     return loss
 
 
@@ -67,7 +95,9 @@ def linear_token_loss(hidden, weight, targets, token_loss, temperature=1.0, soft
     Raises:
         ValueError: as `linear_cross_entropy`; or temperature <= 0, or token_loss returned another shape.
     """
-    return _apply_token_loss(hidden, weight, targets, token_loss, True, temperature, softcap)
+    _check(hidden, weight, targets, Transform(temperature, softcap))
+    transform = Transform(float(temperature), softcap)
+    return _apply_token_loss(hidden, weight, targets, token_loss, with_entropy=True, transform=transform)
 
 
 def linear_logprobs(hidden, weight, targets, temperature=1.0, softcap=None):
@@ -83,77 +113,53 @@ def linear_logprobs(hidden, weight, targets, temperature=1.0, softcap=None):
     Raises:
         ValueError: as `linear_cross_entropy`; or temperature <= 0.
     """
-    _check(hidden, weight, targets, temperature, softcap)
-    return _LinearLogprobs.apply(hidden, weight, targets, float(temperature), softcap)
+    _check(hidden, weight, targets, Transform(temperature, softcap))
+    return _LinearLogprobs.apply(hidden, weight, targets, Transform(float(temperature), softcap))
 
 
-def _apply_token_loss(hidden, weight, targets, token_loss, with_entropy, temperature, softcap):
-    _check(hidden, weight, targets, temperature, softcap)
+def _minus_logprob(logprobs, entropy, tokens):
+    """The token loss of cross-entropy."""
+    return -logprobs
+
+
+def _apply_token_loss(hidden, weight, targets, token_loss, with_entropy, transform):
     if not torch.is_grad_enabled():  # an autograd.Function does not see no_grad, and would make the gradient
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearTokenLoss.apply(hidden, weight, targets, token_loss, with_entropy, float(temperature), softcap)
-
-
-def _check(hidden, weight, targets, temperature, softcap):
-    if isinstance(weight, DTensor):
-        raise ValueError("weight is sharded: call this in the forward of a module under fully_shard, which gathers it")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"expected hidden (T, H), weight (V, H), got {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"expected int64 targets ({len(hidden)},), got {targets.dtype} {tuple(targets.shape)}")
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden and weight must share a floating dtype, got {hidden.dtype} and {weight.dtype}")
-    if len(devices := {str(x.device) for x in (hidden, weight, targets)}) > 1:
-        raise ValueError(f"hidden, weight and targets must share a device, got {', '.join(sorted(devices))}")
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    bad = targets[(targets != IGNORE) & ((targets < 0) | (targets >= len(weight)))]
-    if bad.numel():
-        raise ValueError(f"target {bad[0].item()} is outside the vocabulary of {len(weight)}")
-
-
-def _matmul(a, b):
-    """a @ b with at least float32 accuracy in the result; 16-bit operands stay 16-bit on CUDA."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype != dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-def _add_matmul(total, a, b, first):
-    """total += a @ b, or total = a @ b if it is the first; in float32 (or float64), the dtype of `total`."""
-    if a.dtype != total.dtype and a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
+        hidden = hidden.detach()
+        weight = weight.detach()
+    return _LinearTokenLoss.apply(hidden, weight, targets, token_loss, with_entropy, transform)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     """The gradient is made in the forward: CHUNK tokens' logits, their losses, and at once what follows from them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_loss, with_entropy, temperature, softcap):
+    def forward(ctx, hidden, weight, targets, token_loss, with_entropy, transform):
         trained = (targets != IGNORE).nonzero()[:, 0]  # (N,)
-        exact = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
-        loss, logprobs, entropy = torch.zeros((), **exact), *torch.zeros(2, len(hidden), **exact)
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None  # (T, H)
-        d_weight = torch.empty(weight.shape, **exact) if ctx.needs_input_grad[1] else None  # (V, H)
-        for i, chunk in enumerate(trained.split(CHUNK)):
-            h, y = hidden[chunk], targets[chunk]  # (C, H), (C,)
-            logits = _matmul(h, weight.T)  # (C, V)
-            logp, logsumexp, ent = rows.statistics(logits, y, temperature, softcap, with_entropy)
-            chunk_loss, d_logp, d_ent = _differentiate(token_loss, logp, ent, chunk)
+        exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
+        loss = torch.zeros((), **exact)
+        logprobs, entropy = torch.zeros(2, len(hidden), **exact)  # (T,) each
+        d_hidden = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = torch.zeros_like(hidden)  # (T, H)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty(weight.shape, **exact)  # (V, H)
+        for number, chunk in enumerate(trained.split(CHUNK)):
+            h = hidden[chunk]  # (C, H)
+            y = targets[chunk]  # (C,)
+            logits = _matmul(h, weight.T)  # (C, V) (1)
+            chunk_logprobs, softmax = rows.statistics(logits, y, transform, with_entropy)  # (2) to (5)
+            chunk_loss, upstream = _differentiate(token_loss, chunk_logprobs, softmax.entropy, chunk)
             loss += chunk_loss
-            logprobs[chunk] = logp
+            logprobs[chunk] = chunk_logprobs
             if with_entropy:
-                entropy[chunk] = ent
+                entropy[chunk] = softmax.entropy
             if any(ctx.needs_input_grad):
-                d_logits = rows.gradient_(logits, y, logsumexp, ent, d_logp, d_ent, temperature, softcap, h.dtype)
+                d_logits = rows.gradient_(logits, y, softmax, upstream, transform, h.dtype)  # (C, V) (6), (7)
             if d_hidden is not None:
-                d_hidden[chunk] = d_logits @ weight
+                d_hidden[chunk] = d_logits @ weight  # (8)
             if d_weight is not None:
-                _add_matmul(d_weight, d_logits.T, h, first=i == 0)
+                _add_matmul(d_weight, d_logits.T, h, first=number == 0)  # (9)
             logits = d_logits = None  # before the next chunk's are made
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
@@ -164,69 +170,143 @@ class _LinearTokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss, *_):
         d_hidden, d_weight = ctx.saved_tensors
+        # Into new tensors: what was saved stays as it is, for a second backward.
         if d_hidden is not None:
             d_hidden = torch.mul(d_hidden, d_loss, out=torch.empty_like(d_hidden))
         if d_weight is not None:
             d_weight = torch.mul(d_weight, d_loss, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _differentiate(token_loss, logprobs, entropy, tokens):
-    """Sum of token_loss over a chunk, and its gradient by logprobs (C,) and entropy (C,), None where it has none."""
-    inputs = [logprobs.detach().requires_grad_(), None if entropy is None else entropy.detach().requires_grad_()]
+    """Sum of token_loss over a chunk, and the Upstream gradient: by logprobs (C,), and by entropy (C,) if there is one.
+
+    This is all that autograd sees of the loss: a few numbers for each token.
+    """
+    logprobs = logprobs.detach().requires_grad_()
+    inputs = [logprobs]
+    if entropy is not None:
+        entropy = entropy.detach().requires_grad_()
+        inputs.append(entropy)
     with torch.enable_grad():
-        losses = token_loss(*inputs, tokens)
+        losses = token_loss(logprobs, entropy, tokens)
         if losses.shape != tokens.shape:
             raise ValueError(f"token_loss returned {tuple(losses.shape)} for {tuple(tokens.shape)} tokens")
         total = losses.sum()
-        gradient = torch.autograd.grad(total, [x for x in inputs if x is not None], allow_unused=True)
-    return total.detach(), *gradient, *[None] * (2 - len(gradient))
+        gradients = torch.autograd.grad(total, inputs, allow_unused=True)  # None for an input that was not used
+    if entropy is None:
+        return total.detach(), Upstream(gradients[0], None)
+    return total.detach(), Upstream(*gradients)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """The gradient that comes in is known only in the backward, which makes the logits again.
+    """The gradient that comes in is known only in the backward, which makes the logits again, cut along the vocabulary.
 
-    The log-sum-exp is known by then, so the logits can be cut along the vocabulary: each piece of d_weight is then one
-    product, and what is summed over pieces is only d_hidden.
+    See the top of this file for why.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap):
+    def forward(ctx, hidden, weight, targets, transform):
         ctx.set_materialize_grads(False)  # no gradient for an output that nobody used
         trained = (targets != IGNORE).nonzero()[:, 0]  # (N,)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy, logsumexp = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
+        exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
+        logprobs, entropy, logsumexp = torch.zeros(3, len(hidden), **exact)  # (T,) each
         for chunk in trained.split(CHUNK):
-            logits = _matmul(hidden[chunk], weight.T)  # (C, V)
-            statistics = rows.statistics(logits, targets[chunk], temperature, softcap)
-            logprobs[chunk], logsumexp[chunk], entropy[chunk] = statistics
+            logits = _matmul(hidden[chunk], weight.T)  # (C, V) (1)
+            chunk_logprobs, softmax = rows.statistics(logits, targets[chunk], transform)  # (2) to (5)
+            logprobs[chunk] = chunk_logprobs
+            logsumexp[chunk] = softmax.logsumexp
+            entropy[chunk] = softmax.entropy
             logits = None  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, targets, trained, logsumexp, entropy)
-        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.transform = transform
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logprobs, d_entropy):
         hidden, weight, targets, trained, logsumexp, entropy = ctx.saved_tensors
-        h, y = hidden[trained], targets[trained]  # (N, H), (N,)
-        logsumexp, entropy = logsumexp[trained], entropy[trained]
-        d_logprobs = torch.zeros_like(logsumexp) if d_logprobs is None else d_logprobs[trained]
-        d_entropy = None if d_entropy is None else d_entropy[trained]
+        h = hidden[trained]  # (N, H)
+        y = targets[trained]  # (N,)
+        softmax = Softmax(logsumexp[trained], entropy[trained])  # (N,) each
+        upstream = _upstream(d_logprobs, d_entropy, softmax.logsumexp, trained)
         d_h = torch.zeros_like(h, dtype=logsumexp.dtype)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        pieces = math.ceil(len(h) / CHUNK) or 1  # of the size of a chunk's logits in the forward
-        size = math.ceil(len(weight) / pieces / 128) * 128  # whole tiles for tensor cores
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight)
+        size = _piece_size(len(h), len(weight))
         for start in range(0, len(weight), size):
             w = weight[start : start + size]  # (U, H)
-            logits = _matmul(h, w.T)  # (N, U)
-            d_logits = rows.gradient_(
-                logits, y - start, logsumexp, entropy, d_logprobs, d_entropy, ctx.temperature, ctx.softcap, h.dtype
-            )
+            logits = _matmul(h, w.T)  # (N, U) (1)
+            d_logits = rows.gradient_(logits, y - start, softmax, upstream, ctx.transform, h.dtype)  # (N, U) (6), (7)
             if ctx.needs_input_grad[0]:
-                _add_matmul(d_h, d_logits, w, first=start == 0)
+                _add_matmul(d_h, d_logits, w, first=start == 0)  # (8)
             if d_weight is not None:
-                d_weight[start : start + size] = d_logits.T @ h
+                d_weight[start : start + size] = d_logits.T @ h  # (9)
             logits = d_logits = None  # before the next piece's are made
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, trained, d_h.to(hidden.dtype))
-        return d_hidden if ctx.needs_input_grad[0] else None, d_weight, None, None, None
+        d_hidden = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = torch.zeros_like(hidden)
+            d_hidden.index_copy_(0, trained, d_h.to(hidden.dtype))
+        return d_hidden, d_weight, None, None
+
+
+def _upstream(d_logprobs, d_entropy, like, trained):
+    """The gradients that came in, of trained tokens only; None came in for an output that nobody used."""
+    if d_logprobs is None:
+        d_logprobs = torch.zeros_like(like)
+    else:
+        d_logprobs = d_logprobs[trained]
+    if d_entropy is not None:
+        d_entropy = d_entropy[trained]
+    return Upstream(d_logprobs, d_entropy)
+
+
+def _piece_size(num_tokens, vocabulary):
+    """Rows of the head in a piece, so that all tokens' logits for it take the memory of a chunk's in the forward."""
+    pieces = max(1, math.ceil(num_tokens / CHUNK))
+    return math.ceil(vocabulary / pieces / 128) * 128  # whole tiles for tensor cores
+
+
+def _at_least_float32(x):
+    """The dtype of logits and sums: float32, or float64 where the operands are."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _matmul(a, b):
+    """a @ b with at least float32 accuracy in the result; 16-bit operands stay 16-bit on CUDA."""
+    dtype = _at_least_float32(a)
+    if a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _add_matmul(total, a, b, first):
+    """total += a @ b, or total = a @ b if it is the first; in float32 (or float64), the dtype of `total`."""
+    beta = 0 if first else 1  # 0: what `total` held is not read
+    if a.dtype != total.dtype and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def _check(hidden, weight, targets, transform):
+    """Raises ValueError if operands do not fit together, or a temperature, soft-cap or target is impossible."""
+    if isinstance(weight, DTensor):
+        raise ValueError("weight is sharded: call this in the forward of a module under fully_shard, which gathers it")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"expected hidden (T, H), weight (V, H), got {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"expected int64 targets ({len(hidden)},), got {targets.dtype} {tuple(targets.shape)}")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and weight must share a floating dtype, got {hidden.dtype} and {weight.dtype}")
+    devices = {str(x.device) for x in (hidden, weight, targets)}
+    if len(devices) > 1:
+        raise ValueError(f"hidden, weight and targets must share a device, got {', '.join(sorted(devices))}")
+    for name, value in transform._asdict().items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    outside = (targets < 0) | (targets >= len(weight))
+    bad = targets[(targets != IGNORE) & outside]
+    if bad.numel():
+        raise ValueError(f"target {bad[0].item()} is outside the vocabulary of {len(weight)}")

@@ -2,7 +2,10 @@
 
     sampler = Sampler(config, slots=64, max_length=2048, eos_ids=[2], device=device)
     sampler.sync(policy)                                         after every update of the policy
-    completions = sampler.sample(prompts, n=8, max_new_tokens=1024, temperature=1.0, seed=1, step=step)
+    params = SamplingParams(n=8, max_new_tokens=1024, seed=1)
+    completions = sampler.sample(prompts, params, step=step)
+
+or, of a model that is not in training, `Sampler.from_pretrained(folder)`, and no `sync`.
 
 The sampler has its own copy of the weights on this rank, in the precision the policy computes in (bf16 on CUDA, float32
 on CPU), so decoding needs no collectives and ranks may decode different lengths. Sequences live in *slots*: row b of
@@ -11,12 +14,19 @@ that waits takes its slot. All tokens of a prompt but the last are *prefilled*, 
 forward pass stores their keys and values. The last one is the first to be decoded, so that every sampled token comes
 out of the same function, `_decode`.
 
-The token at position t of a sample is the v whose exponential waiting time ends first, argmin_v e_v / p_v; it is v with
-probability p_v (the Gumbel-max trick). The e_v are a hash of (seed, step, prompt, sample, t, v). So a sample depends
-neither on the number of slots or ranks nor on what else is being sampled, except where the first two are as close as
-the rounding of floats.
+From the raw logits s (V,) at the position before t, token y_t of a sample is drawn by
 
-Shapes:  B slots, n the first of them that are in use, L positions of a slot, V vocabulary size, H hidden size.
+    z_v = c tanh(s_v / c) / τ             temperature τ; soft-cap c, without one z = s / τ                       (1)
+    log p_v = z_v - log Σ_u e^(z_u)       what is returned as the log-probability of the token v                 (2)
+    e_v = -log(1 - u_v)                   u_v in (0, 1) is a hash of (seed, step, index, sample, t, v)           (3)
+    y_t = argmin_v e_v / p_v              at temperature 0: argmax_v z_v                                         (4)
+
+The e_v are exponential waiting times, and in (4) the token v comes first with probability p_v (the Gumbel-max trick).
+So a sample depends neither on the number of slots or ranks nor on what else is being sampled, except where the first
+two are as close as the rounding of floats.
+
+Shapes:  B slots, n the first of them that are in use, L positions of a slot, V vocabulary size, H hidden size,
+P tokens of a prompt, T of its completion, E end tokens.
 """
 
 import copy
@@ -26,6 +36,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +44,45 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from kernels.head import _matmul
 from kernels.slots import Slots
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass
 LOOK_EVERY = 16  # decode steps on CUDA between two looks of the host at what has finished
-POSITION, LIMIT, LIVE, KEY = 0, 1, 2, 3  # columns of Sampler.state
-ARRAYS = {"prompt_ids", "token_ids", "logprobs"}  # of a Completion
+
+# Columns of Sampler.state, which has one row of int32 for each slot.
+POSITION = 0  # of the last token in `ids`: the one that is decoded next, and is not in the cache yet
+LIMIT = 1  # position of the last token that may be sampled
+LIVE = 2  # 1 while the sequence goes on, 0 when it has ended or was cut off
+KEY = 3  # and 4: two keys of the noise, a hash of (seed, step, index, sample)
+COLUMNS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What to sample of each prompt, and how.
+
+    Attributes:
+        n: completions of each prompt.
+        max_new_tokens: a completion that has so many tokens, or fills the sampler's max_length, is cut off.
+        temperature: divides the logits; 0 takes the likeliest token, with its log-probability at temperature 1.
+        seed: another seed is another noise.
+
+    Raises:
+        ValueError: a temperature below 0, or no tokens to sample.
+    """
+
+    n: int = 1
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.max_new_tokens < 1:
+            raise ValueError("sample needs temperature >= 0 and max_new_tokens >= 1")
 
 
 @dataclass(eq=False)
@@ -49,14 +90,17 @@ class Completion:
     """One sample of one prompt.
 
     Attributes:
-        step, prompt, sample: which one: sample number `sample` (from 0) of prompt `prompt`, asked for in `step`.
+        step, index, sample: which one: sample number `sample` (from 0) of the prompt with the number `index` that the
+            caller gave, asked for in `step`.
         prompt_ids: (P,) int64. token_ids: (T,) int64, what was sampled, the end token included.
         logprobs: (T,) float32, log-probability of each sampled token when it was sampled, temperature included.
-        ended: an end token came. done: that, or it was cut off; true of all that `sample` returns.
+        ended: its last token is an end token.
+        done: no more is sampled, because it ended or because it was cut off. All that `sample` returns are done; those
+            it keeps in Sampler.groups may not be.
     """
 
     step: int
-    prompt: int
+    index: int
     sample: int
     prompt_ids: np.ndarray
     token_ids: np.ndarray
@@ -65,57 +109,13 @@ class Completion:
     done: bool = False
 
 
-# --------------------------------------------------------------------------------------------------------- sampling
-
-
-def _mix(x):
-    """A bijection of int32 whose output looks random ("lowbias32", Chris Wellons, hash-prospector, public domain)."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D  # >> is arithmetic: the mask makes it logical
-    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return x ^ (x >> 16 & 0xFFFF)
-
-
-def _waiting_times(keys, positions, V):
-    """(n, V) exponential numbers, a function of the int32 keys (n, 2) and positions (n,) alone."""
-    a = _mix(keys[:, 0] ^ _mix(positions))
-    b = _mix(keys[:, 1] ^ a) | 1
-    v = _mix(torch.arange(V, dtype=torch.int32, device=keys.device))
-    x = _mix((v ^ a[:, None]) * b[:, None])  # (n, V)
-    uniform = ((x & 0x7FFFFFFF) + 0.5) * 2**-31  # small ones finely spaced: they decide about rare tokens
-    return -torch.log1p(-uniform)
-
-
-def _draw(logits, keys, positions, temperature, softcap):
-    """Sampled tokens (n,) and their log-probabilities (n,), from float32 logits (n, V); greedy at temperature 0."""
-    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    z = z / (temperature or 1)
-    logsumexp = z.logsumexp(dim=1)
-    if temperature == 0:
-        tokens = z.argmax(dim=1)
-    else:
-        tokens = ((z - logsumexp[:, None]).exp() / _waiting_times(keys, positions, z.shape[1])).argmax(dim=1)
-    return tokens, z.gather(1, tokens[:, None])[:, 0] - logsumexp
-
-
-def _advance(logits, state, ids, logprobs, eos, temperature, softcap):
-    """Draws the next token of each of the first n slots, and writes down what follows, in place.
-
-    Args:
-        logits: (n, V). state: (B, 5), see Sampler. ids, logprobs: (B, L). eos: (E,) tokens that end a completion.
-    """
-    rows, state = torch.arange(len(logits), device=logits.device), state[: len(logits)]
-    tokens, token_logprobs = _draw(logits, state[:, KEY:], state[:, POSITION] + 1, temperature, softcap)
-    live = state[:, LIVE].bool()
-    positions = (state[:, POSITION] + live).long()  # a finished sequence stays where it is, and its slot as it is
-    ids[rows, positions] = torch.where(live, tokens, ids[rows, positions])
-    logprobs[rows, positions] = torch.where(live, token_logprobs, logprobs[rows, positions])
-    ended = (tokens[:, None] == eos).any(dim=1) | (positions >= state[:, LIMIT])
-    state[:, POSITION] = positions.int()
-    state[:, LIVE] = (live & ~ended).int()
+ARRAYS = ("prompt_ids", "token_ids", "logprobs")  # of a Completion
 
 
 class Sampler:
     """Samples from a causal language model; see the top of this file.
+
+    `groups`, {(step, index): [Completion, ...]}, is what was asked for and not returned yet.
 
     Args:
         config: the transformers configuration of the policy.
@@ -129,63 +129,90 @@ class Sampler:
     def __init__(self, config, slots, max_length, eos_ids, device):
         self.device = torch.device(device)
         _check_config(config, max_length)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        with torch.device("meta"), torch.no_grad():
-            config, options = copy.deepcopy(config), {"attn_implementation": "slots", "dtype": dtype}
-            self.model = AutoModelForCausalLM.from_config(config, **options)  # which writes into config
-            if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
-                raise ValueError("the model's head has a bias, which is not supported")
-            self.cache, zeros = Slots(slots, max_length), torch.zeros(1, dtype=torch.int64)
-            self.cache.begin(zeros, zeros, max_length)
-            self._hidden(zeros[None], zeros[None])  # makes the buffers, on meta: their shapes
+        self.config = config
+        self.slots = slots
+        self.max_length = max_length
+        self.eos_ids = set(eos_ids)
+        self.synced = False
+
+        self._make_model()
         _check_memory(self.model, self.cache, self.device, slots, max_length)
-        self.model.to_empty(device=self.device).eval().requires_grad_(False)
+        self.model.to_empty(device=self.device)
+        self.model.eval().requires_grad_(False)
         self.model.tie_weights()
         self.cache.allocate(self.device)
-        self.slots, self.max_length, self.config, self.eos_ids = slots, max_length, config, set(eos_ids)
+
+        # On the device, for each slot: its sequence (prompt and completion), the log-probabilities of its tokens, and
+        # the numbers that the columns above name.
+        self.ids = torch.zeros(slots, max_length, dtype=torch.int64, device=self.device)
+        self.logprobs = torch.zeros(slots, max_length, device=self.device)
+        self.state = torch.zeros(slots, COLUMNS, dtype=torch.int32, device=self.device)
         self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
-        self.ids = torch.zeros(slots, max_length, dtype=torch.int64, device=self.device)  # prompt and completion
-        self.logprobs = torch.zeros(slots, max_length, device=self.device)  # of the tokens in `ids`
-        # position: of the last token in `ids`, which is not in the cache yet; limit: of the last one that may be
-        # sampled; live: 1 while it goes on; two int32 keys of the noise
-        self.state = torch.zeros(slots, 5, dtype=torch.int32, device=self.device)
+
+        # On the host.
+        self.groups = {}
         self.active = [None] * slots  # the Completion in each slot
-        self.newest = None, None  # key in `groups` of the sequence that came last, and a slot that holds its prompt
-        self.groups = {}  # (step, prompt): its Completions; all that were asked for and not returned yet
-        self.advance, self.synced = _advance, False
+        self.newest = None, None  # key in `groups` of the prompt that was prefilled last, and the slot that has it
+        self.advance = _advance
         if self.device.type == "cuda":
-            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
-            self.sizes = [slots]  # numbers of slots that are decoded together; few, since each is compiled and captured
-            while self.sizes[0] >= 64:
-                self.sizes.insert(0, self.sizes[0] // 4)
-            self._compile()
+            self._prepare_graphs()
+
+    @classmethod
+    def from_pretrained(cls, folder, slots=64, max_length=None, device=None):
+        """A sampler of the model in a folder, ready to sample: no policy, no `sync`.
+
+        While it is made, the weights are in memory twice: once on the host, and once on the device.
+
+        Args:
+            folder: what AutoModelForCausalLM opens, a folder or a Hub id. Its end tokens are those of its generation
+                config and of its tokenizer, if it has one.
+            slots: as for Sampler. max_length: likewise; by default all positions that the model knows.
+            device: by default CUDA where there is one.
+
+        Raises:
+            OSError, ValueError: the folder cannot be opened, lacks weights, or holds a model that Sampler refuses.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = _precision(torch.device(device))
+        source, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"]:  # transformers has made them up
+            raise ValueError(f"{folder} lacks the weights {sorted(report['missing_keys'])[:5]}")
+        if max_length is None:
+            max_length = getattr(source.config, "max_position_embeddings", None)
+            if max_length is None:
+                raise ValueError(f"{folder} does not say how many positions its model knows: give max_length")
+        sampler = cls(source.config, slots, max_length, _end_tokens(source, folder), device)
+        policy = torch.nn.Module()  # as `sync` takes it: with its model as .model
+        policy.model = source
+        sampler.sync(policy)
+        return sampler
 
     @torch.no_grad()
     def sync(self, policy):
         """Copies the weights of `policy.model`, sharded by FSDP2 or not, layer by layer. All ranks call it together."""
-        target = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for module in [m for m in policy.modules() if m is policy or isinstance(m, FSDPModule)]:
+        missing = dict(self.model.named_parameters())
+        missing.update(self.model.named_buffers())
+        for module in list(policy.modules()):
             if isinstance(module, FSDPModule):
                 module.unshard()  # its own parameters become whole, in the precision the policy computes in
-            for name, tensor in [*policy.model.named_parameters(), *policy.model.named_buffers()]:
-                if name in target and not isinstance(tensor, DTensor):
-                    target.pop(name).copy_(tensor)
-            if isinstance(module, FSDPModule):
+                _copy_whole(policy.model, missing)
                 module.reshard()
-        if target:
-            raise ValueError(f"the policy has no {sorted(target)[:5]}")
+            elif module is policy:
+                _copy_whole(policy.model, missing)
+        if missing:
+            raise ValueError(f"the policy has no {sorted(missing)[:5]}")
         self.synced = True
 
     @torch.no_grad()
-    def sample(self, prompts, n, max_new_tokens, temperature=1.0, seed=0, step=0, indices=None, enough=None, stop=None):
-        """Samples n completions of each prompt.
+    def sample(self, prompts, params, step=0, indices=None, enough=None, stop=None):
+        """Samples params.n completions of each prompt.
 
         Args:
-            prompts: token ids of each prompt. indices: a number for each, by default its place in the list; with
-                several ranks, its place among the prompts of all, so that no two have the same noise.
-            max_new_tokens: a completion that has so many tokens, or fills max_length, is cut off.
-            temperature: divides the logits; 0 takes the likeliest token, with its log-probability at temperature 1.
-            seed, step: further numbers for the noise.
+            prompts: token ids of each prompt. params: the SamplingParams.
+            step: a number for the noise; of an RL run, the optimizer step that asks.
+            indices: a number for each prompt, by default its place in the list; with several ranks, its place among
+                the prompts of all, so that no two have the same noise.
             enough: return when this many prompts have all their completions. What is unfinished then is kept, and
                 continued by the next call, its first tokens prefilled again under the weights of then.
             stop: called between steps; if it returns true, so does this, early and as with `enough`.
@@ -196,46 +223,80 @@ class Sampler:
 
         Raises:
             ValueError: an empty prompt, one that leaves no room within max_length or has unknown ids, the same
-                (step, index) twice, a temperature below 0, no `sync` yet, or logits that are not finite.
+                (step, index) twice, no `sync` yet, or logits that are not finite.
         """
-        if not self.synced or temperature < 0 or max_new_tokens < 1:
-            raise ValueError("sample needs a sync before it, temperature >= 0 and max_new_tokens >= 1")
-        self._add(prompts, n, step, range(len(prompts)) if indices is None else indices)
-        enough = len(self.groups) if enough is None else min(enough, len(self.groups))
-        complete = [key for key, group in self.groups.items() if all(c.done for c in group)]
-        waiting = deque(c for group in self.groups.values() for c in group if not c.done)
+        if not self.synced:
+            raise ValueError("sample needs a sync before it")
+        if indices is None:
+            indices = range(len(prompts))
+        self._add(prompts, params.n, step, indices)
+        if enough is None or enough > len(self.groups):
+            enough = len(self.groups)
+
+        # What is to be done, in the order in which it was asked for, beginning with what is kept from earlier calls.
+        complete = {}  # keys of the groups that are all done, in the order in which they became so
+        waiting = deque()  # Completions without a slot
+        for key, group in self.groups.items():
+            waiting.extend(completion for completion in group if not completion.done)
+            if _all_done(group):
+                complete[key] = True
         self.state.zero_()
-        self.newest = None, None  # the weights may be new
-        quiet = dist.is_initialized() and dist.get_rank() > 0
-        bar = tqdm(total=len(waiting), desc="rollout", unit="seq", delay=10, leave=False, disable=quiet)
-        while len(complete) < enough and not (stop and stop()):
-            self._refill(waiting, max_new_tokens, seed)
-            self._run(temperature)
-            for completion in self._take(only_done=True):
+        self.newest = None, None  # the slots may hold keys and values of other weights
+
+        is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+        bar = tqdm(total=len(waiting), desc="rollout", unit="seq", delay=10, leave=False, disable=not is_rank0)
+        while len(complete) < enough:
+            if stop is not None and stop():
+                break
+            self._refill(waiting, params)
+            self._run(params.temperature)
+            for completion in self._collect(only_done=True):
                 bar.update()
-                key = completion.step, completion.prompt
-                if key not in complete and all(c.done for c in self.groups[key]):
-                    complete.append(key)
+                key = completion.step, completion.index
+                if _all_done(self.groups[key]):
+                    complete[key] = True
         bar.close()
-        self._take(only_done=False)
-        return [c for key in list(self.groups) if key in complete[:enough] for c in self.groups.pop(key)]
+        self._collect(only_done=False)  # what is unfinished leaves its slot, and is kept in its group
+
+        returned = set(list(complete)[:enough])  # one step may have completed more
+        completions = []
+        for key in list(self.groups):
+            if key in returned:
+                completions += self.groups.pop(key)
+        return completions
 
     def state_dict(self):
-        """What is kept between calls, as plain tensors and numbers; small, since keys and values are made again."""
-        completions = [vars(completion).items() for group in self.groups.values() for completion in group]
-        return {"completions": [{k: torch.from_numpy(v) if k in ARRAYS else v for k, v in c} for c in completions]}
+        """What is kept between calls, as plain tensors and numbers; small, since keys and values are made again.
+
+        Returns {"completions": [{field: value}, ...]}, the fields of Completion, those of a (step, index) side by side.
+        """
+        completions = []
+        for group in self.groups.values():
+            for completion in group:
+                fields = dict(vars(completion))
+                for name in ARRAYS:
+                    fields[name] = torch.from_numpy(fields[name])
+                completions.append(fields)
+        return {"completions": completions}
 
     def load_state_dict(self, state):
         """Continues from `state_dict()`, bit for bit."""
         self.groups = {}
         for fields in state["completions"]:
-            completion = Completion(**{k: v.numpy() if k in ARRAYS else v for k, v in fields.items()})
-            self.groups.setdefault((completion.step, completion.prompt), []).append(completion)
+            fields = dict(fields)
+            for name in ARRAYS:
+                fields[name] = fields[name].numpy()
+            completion = Completion(**fields)
+            self.groups.setdefault((completion.step, completion.index), []).append(completion)
+
+    # ------------------------------------------------------------------------------------ from prompts to slots
 
     def _add(self, prompts, n, step, indices):
         """Puts down what is asked for in `groups`."""
+        step = int(step)
         for ids, index in zip(prompts, indices, strict=True):
-            ids, index, step = np.array(ids, dtype=np.int64), int(index), int(step)
+            ids = np.array(ids, dtype=np.int64)
+            index = int(index)
             if not 0 < len(ids) < self.max_length:
                 raise ValueError(
                     f"prompt {index} has {len(ids)} tokens: a prompt needs one, and room for its completion within "
@@ -245,81 +306,211 @@ class Sampler:
                 raise ValueError(f"prompt {index} has token ids outside the vocabulary of {self.config.vocab_size}")
             if (step, index) in self.groups:
                 raise ValueError(f"prompt {index} of step {step} is there twice")
-            none = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-            self.groups[step, index] = [Completion(step, index, i, ids, *none) for i in range(n)]
+            no_ids = np.zeros(0, dtype=np.int64)
+            no_logprobs = np.zeros(0, dtype=np.float32)
+            self.groups[step, index] = [Completion(step, index, i, ids, no_ids, no_logprobs) for i in range(n)]
 
-    def _refill(self, waiting, max_new_tokens, seed):
-        """Gives free slots to waiting sequences; when none wait, moves the last sequences into the gaps instead."""
+    def _refill(self, waiting, params):
+        """Gives free slots to sequences that wait; when none wait any more, closes the gaps instead."""
         free = [slot for slot, completion in enumerate(self.active) if completion is None]
         if len(free) < min(len(waiting), self.slots // 16):
             return  # few at a time would make many small prefills
-        new, copies, rows = [], [], []  # (slot, ids) to prefill; (slot that has the prompt, slot); what to write down
+        self._fill(free, waiting, params)
+        if not waiting:
+            self._close_gaps(free)
+
+    def _fill(self, free, waiting, params):
+        """Moves sequences from `waiting` to slots in `free`, as far as either lasts, and prefills them."""
+        entering = []  # (slot, Completion)
+        to_prefill = []  # (slot, token ids)
+        sources = []  # slots that hold the keys and values which those in `targets` need
+        targets = []
         while free and waiting:
-            c = waiting.popleft()
-            ids = np.concatenate([c.prompt_ids, c.token_ids])
+            completion = waiting.popleft()
+            key = completion.step, completion.index
             # A prompt's samples wait side by side, so its keys and values are still in the slot that it was prefilled
             # to; that one is taken first when it is free, lest another prompt gets it in this very call.
-            key, source = self.newest
-            slot = free.pop(free.index(source) if source in free else 0)
-            if key != (c.step, c.prompt) or len(c.token_ids):
-                new.append((slot, ids[:-1]))
-                self.newest = (c.step, c.prompt), slot
+            newest, source = self.newest
+            slot = _take(free, source)
+            if key != newest or len(completion.token_ids):  # another prompt; or, of a kept one, tokens of its own
+                ids = np.concatenate([completion.prompt_ids, completion.token_ids])
+                to_prefill.append((slot, ids[:-1]))
+                self.newest = key, slot
             elif slot != source:
-                copies.append((source, slot))
-            self.active[slot] = c
-            limit = min(len(c.prompt_ids) + max_new_tokens, self.max_length) - 1
-            noise = hashlib.blake2b(struct.pack("<4q", seed, c.step, c.prompt, c.sample), digest_size=8).digest()
-            state = [len(ids) - 1, limit, len(ids) <= limit, *struct.unpack("<2i", noise)]
-            rows.append((slot, ids, np.concatenate([np.zeros(len(c.prompt_ids)), c.logprobs]), state))
-        self._write(rows)
-        self._prefill(new)
-        self._copy(copies)
-        moves = []
-        while not waiting and free and (last := max(self._used())) > free[0]:
-            moves.append((last, free.pop(0)))
-            self.active[moves[-1][1]], self.active[last] = self.active[last], None
-        self._copy(moves)
-        for buffer in (self.ids, self.logprobs, self.state) if moves else ():
-            buffer[[target for _, target in moves]] = buffer[[source for source, _ in moves]]
+                sources.append(source)
+                targets.append(slot)
+            self.active[slot] = completion
+            entering.append((slot, completion))
+        self._write(entering, params)
+        self._prefill(to_prefill)
+        self._copy(sources, targets)
 
-    def _write(self, rows):
-        """Writes [(slot, ids (T,), logprobs (T,), numbers of `state`), ...] to the device, in one go."""
-        if rows:
-            slots, ids, logprobs, state = zip(*rows, strict=True)
-            width = max(map(len, ids))
-            for buffer, values in ((self.ids, ids), (self.logprobs, logprobs)):
-                padded = torch.tensor(np.array([np.pad(x, (0, width - len(x))) for x in values]), dtype=buffer.dtype)
-                buffer[list(slots), :width] = padded.to(self.device)
-            self.state[list(slots)] = torch.tensor(state, dtype=torch.int32).to(self.device)
-
-    def _copy(self, pairs):
-        """Keys and values from slot to slot: [(source, target), ...]."""
-        if pairs:
-            sources, targets = map(list, zip(*pairs, strict=True))
-            self.cache.copy(sources, targets, int(self.state[sources, POSITION].max()))
-
-    def _used(self):
-        return [slot for slot, completion in enumerate(self.active) if completion is not None]
+    def _write(self, entering, params):
+        """Writes [(slot, Completion), ...] to the device, in one go: tokens, log-probabilities and state."""
+        if not entering:
+            return
+        slots = [slot for slot, _ in entering]
+        width = max(len(c.prompt_ids) + len(c.token_ids) for _, c in entering)
+        ids = np.zeros((len(slots), width), dtype=np.int64)
+        logprobs = np.zeros((len(slots), width), dtype=np.float32)
+        state = np.zeros((len(slots), COLUMNS), dtype=np.int32)
+        for row, (_, completion) in enumerate(entering):
+            start = len(completion.prompt_ids)
+            end = start + len(completion.token_ids)
+            ids[row, :start] = completion.prompt_ids
+            ids[row, start:end] = completion.token_ids
+            logprobs[row, start:end] = completion.logprobs
+            limit = min(start + params.max_new_tokens, self.max_length) - 1
+            state[row, POSITION] = end - 1
+            state[row, LIMIT] = limit
+            state[row, LIVE] = end - 1 < limit
+            state[row, KEY:] = _keys(params.seed, completion)
+        self.ids[slots, :width] = torch.from_numpy(ids).to(self.device)
+        self.logprobs[slots, :width] = torch.from_numpy(logprobs).to(self.device)
+        self.state[slots] = torch.from_numpy(state).to(self.device)
 
     def _prefill(self, sequences):
         """Stores the keys and values of [(slot, token ids), ...]."""
-        sequences = sorted((s for s in sequences if len(s[1])), key=lambda s: len(s[1]))  # equal lengths side by side
-        while sequences:
-            row = [sequences.pop()]
-            while sequences and sum(len(ids) for _, ids in row) + len(sequences[-1][1]) <= PREFILL_TOKENS:
-                row.append(sequences.pop())
+        for row in _pack(sequences):
             lengths = [len(ids) for _, ids in row]
-            columns = np.repeat([slot for slot, _ in row], lengths), np.concatenate([np.arange(n) for n in lengths])
-            columns += np.concatenate([ids for _, ids in row]), np.cumsum([0, *lengths])
-            slots, positions, ids, ends = (torch.from_numpy(x).to(self.device) for x in columns)
+            ids = np.concatenate([ids for _, ids in row])
+            slots = np.repeat([slot for slot, _ in row], lengths)
+            positions = np.concatenate([np.arange(length) for length in lengths])
+            starts = np.cumsum([0, *lengths])
+            ids, slots, positions, starts = (
+                torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, starts)
+            )
             self.cache.begin(slots, positions)
             with torch.compiler.set_stance("force_eager"):  # every row is of another length
-                self._hidden(ids[None], positions[None], cu_seq_lens_q=ends.int(), max_length_q=max(lengths))
+                self._hidden(ids[None], positions[None], cu_seq_lens_q=starts.int(), max_length_q=max(lengths))
+
+    def _close_gaps(self, free):
+        """Moves the last sequences to the first free slots, so that a shorter batch is decoded."""
+        sources = []
+        targets = []
+        used = self._used()
+        while used and free and used[-1] > free[0]:
+            source = used.pop()
+            target = free.pop(0)
+            self.active[target] = self.active[source]
+            self.active[source] = None
+            sources.append(source)
+            targets.append(target)
+        if not sources:
+            return
+        self._copy(sources, targets)
+        for buffer in (self.ids, self.logprobs, self.state):
+            buffer[targets] = buffer[sources]
+
+    def _copy(self, sources, targets):
+        """Keys and values from slot to slot."""
+        if sources:
+            longest = int(self.state[sources, POSITION].max())
+            self.cache.copy(sources, targets, longest)
+
+    def _used(self):
+        """Slots that hold a sequence, in order."""
+        return [slot for slot, completion in enumerate(self.active) if completion is not None]
+
+    # ----------------------------------------------------------------------------------------------- decoding
+
+    def _run(self, temperature):
+        """Decodes until the host looks again: one step on CPU, LOOK_EVERY on CUDA, there as replays of a CUDA graph."""
+        used = self._used()
+        if self.device.type != "cuda":
+            reach = int(self.state[used, POSITION].max()) + 1
+            self._decode(used[-1] + 1, reach, temperature)
+            return
+        n = next(size for size in self.sizes if size > used[-1])
+        shape = n, self.max_length, temperature
+        for _ in range(LOOK_EVERY):
+            if shape in self.graphs:
+                self.graphs[shape].replay()
+            else:
+                self._decode(*shape)  # this is one of the steps, and the warm-up; capturing computes nothing
+                self.graphs[shape] = self._capture(shape)
+
+    def _capture(self, shape):
+        """The CUDA graph of `_decode(*shape)`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self._decode(*shape)
+        return graph
+
+    def _decode(self, n, reach, temperature):
+        """One token for each of the first n slots, of which none has gone beyond `reach` positions."""
+        rows = torch.arange(n, device=self.device)
+        positions = self.state[:n, POSITION].long()
+        self.cache.begin(rows, positions, reach)
+        ids = self.ids[rows, positions]
+        hidden = self._hidden(ids[:, None], positions[:, None])[:, 0]  # (n, H)
+        logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.advance(logits, self.state, self.ids, self.logprobs, Rules(temperature, softcap, self.eos))
 
     def _hidden(self, ids, positions, **kwargs):
         """Last hidden states; keys and values go to the slots."""
-        kwargs |= {"past_key_values": self.cache, "use_cache": True, "slots": self.cache}
-        return self.model.base_model(input_ids=ids, position_ids=positions, **kwargs).last_hidden_state
+        output = self.model.base_model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            slots=self.cache,
+            **kwargs,
+        )
+        return output.last_hidden_state
+
+    def _collect(self, only_done):
+        """Takes sequences out of their slots, the finished ones or all, and reads what was sampled from the device.
+
+        Returns their Completions.
+        """
+        state = self.state.cpu().numpy()
+        slots = [slot for slot in self._used() if not only_done or not state[slot, LIVE]]
+        if not slots:
+            return []
+        width = state[slots, POSITION].max() + 1
+        ids = self.ids[slots, :width].cpu().numpy()
+        logprobs = self.logprobs[slots, :width].cpu().numpy()
+        completions = []
+        for row, slot in enumerate(slots):
+            completion = self.active[slot]
+            self.active[slot] = None
+            start = len(completion.prompt_ids)
+            end = state[slot, POSITION] + 1
+            completion.token_ids = ids[row, start:end].copy()
+            completion.logprobs = logprobs[row, start:end].copy()
+            if not np.isfinite(completion.logprobs).all():
+                where = f"prompt {completion.index} of step {completion.step}"
+                raise ValueError(f"{where}: the model's logits are not finite")
+            completion.done = not state[slot, LIVE]
+            completion.ended = completion.done and int(completion.token_ids[-1]) in self.eos_ids
+            completions.append(completion)
+        return completions
+
+    # ----------------------------------------------------------------------------------------- model and graphs
+
+    def _make_model(self):
+        """The model and its slots, on meta, where nothing has memory yet: to know how much they will need."""
+        config = copy.deepcopy(self.config)  # which from_config writes into
+        dtype = _precision(self.device)
+        with torch.device("meta"), torch.no_grad():
+            self.model = AutoModelForCausalLM.from_config(config, attn_implementation="slots", dtype=dtype)
+            if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
+                raise ValueError("the model's head has a bias, which is not supported")
+            self.cache = Slots(self.slots, self.max_length)
+            zeros = torch.zeros(1, dtype=torch.int64)
+            self.cache.begin(zeros, zeros, self.max_length)
+            self._hidden(zeros[None], zeros[None])  # makes the buffers: their shapes
+
+    def _prepare_graphs(self):
+        """On CUDA: which numbers of slots are decoded together; few, since each is compiled and captured."""
+        self.graphs = {}  # (slots decoded, reach, temperature): CUDA graph
+        self.pool = torch.cuda.graph_pool_handle()
+        self.sizes = [self.slots]  # all, a quarter of them, a sixteenth ...
+        while self.sizes[0] >= 64:
+            self.sizes.insert(0, self.sizes[0] // 4)
+        self._compile()
 
     def _compile(self):
         """Compiles what a decode step does: each decoder layer, and the draw; at the first step of each size."""
@@ -327,47 +518,142 @@ class Sampler:
             layer.compile(dynamic=False)
         self.advance = torch.compile(_advance, dynamic=False)
 
-    def _run(self, temperature):
-        """Decodes until the host looks again: one step on CPU, LOOK_EVERY on CUDA, there as replays of a CUDA graph."""
-        used = self._used()
-        if self.device.type != "cuda":
-            return self._decode(used[-1] + 1, int(self.state[used, POSITION].max()) + 1, temperature)
-        shape = next(n for n in self.sizes if n > used[-1]), self.max_length, temperature
-        for _ in range(LOOK_EVERY):
-            if shape in self.graphs:
-                self.graphs[shape].replay()
-                continue
-            self._decode(*shape)  # this is one of the steps, and the warm-up; capturing computes nothing
-            self.graphs[shape] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[shape], pool=self.pool, capture_error_mode="thread_local"):
-                self._decode(*shape)
 
-    def _decode(self, n, reach, temperature):
-        """One token for each of the first n slots, of which none has gone beyond `reach` positions."""
-        rows, positions = torch.arange(n, device=self.device), self.state[:n, POSITION].long()
-        self.cache.begin(rows, positions, reach)
-        hidden = self._hidden(self.ids[rows, positions][:, None], positions[:, None])[:, 0]  # (n, H)
-        logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        self.advance(logits, self.state, self.ids, self.logprobs, self.eos, temperature, softcap)
+# --------------------------------------------------------------------------------------------------------- sampling
 
-    def _take(self, only_done):
-        """Copies sequences out of their slots, the finished ones or all. Returns them."""
-        state, taken = self.state.cpu().numpy(), []
-        slots = [slot for slot in self._used() if not (only_done and state[slot, LIVE])]
-        if slots:
-            width = state[slots, POSITION].max() + 1
-            ids, logprobs = (x[slots, :width].cpu().numpy() for x in (self.ids, self.logprobs))
-        for i, slot in enumerate(slots):
-            c, self.active[slot] = self.active[slot], None
-            span = slice(len(c.prompt_ids), state[slot, POSITION] + 1)
-            c.token_ids, c.logprobs = ids[i, span].copy(), logprobs[i, span].copy()
-            if not np.isfinite(c.logprobs).all():
-                raise ValueError(f"prompt {c.prompt} of step {c.step}: the model's logits are not finite")
-            c.done = not state[slot, LIVE]
-            c.ended = c.done and int(c.token_ids[-1]) in self.eos_ids
-            taken.append(c)
-        return taken
+
+class Rules(NamedTuple):
+    """How the next token is drawn: the same for all slots."""
+
+    temperature: float  # τ of (1); 0: greedy
+    softcap: float | None  # c of (1)
+    eos: torch.Tensor  # (E,) tokens that end a completion
+
+
+def _advance(logits, state, ids, logprobs, rules):
+    """Draws the next token of each of the first n slots, and writes down what follows, in place.
+
+    Args:
+        logits: (n, V). state: (B, COLUMNS). ids, logprobs: (B, L), see Sampler. rules: the Rules.
+    """
+    n = len(logits)
+    rows = torch.arange(n, device=logits.device)
+    state = state[:n]
+    keys = state[:, KEY:]
+    tokens, token_logprobs = _draw(logits, keys, state[:, POSITION] + 1, rules.temperature, rules.softcap)
+    # A finished sequence stays where it is, and its slot as it is.
+    live = state[:, LIVE].bool()
+    positions = (state[:, POSITION] + live).long()
+    ids[rows, positions] = torch.where(live, tokens, ids[rows, positions])
+    logprobs[rows, positions] = torch.where(live, token_logprobs, logprobs[rows, positions])
+    has_ended = (tokens[:, None] == rules.eos).any(dim=1)
+    is_cut_off = positions >= state[:, LIMIT]
+    state[:, POSITION] = positions.int()
+    state[:, LIVE] = (live & ~(has_ended | is_cut_off)).int()
+
+
+def _draw(logits, keys, positions, temperature, softcap):
+    """Sampled tokens (n,) and their log-probabilities (n,), from float32 logits (n, V); greedy at temperature 0."""
+    z = logits
+    if softcap is not None:
+        z = softcap * torch.tanh(logits / softcap)
+    z = z / (temperature or 1)  # (1)
+    logsumexp = z.logsumexp(dim=1)
+    if temperature == 0:
+        tokens = z.argmax(dim=1)
+    else:
+        p = (z - logsumexp[:, None]).exp()
+        e = _waiting_times(keys, positions, z.shape[1])
+        tokens = (p / e).argmax(dim=1)  # (4)
+    token_z = z.gather(1, tokens[:, None])[:, 0]
+    return tokens, token_z - logsumexp  # (2)
+
+
+def _waiting_times(keys, positions, V):
+    """(n, V) exponential numbers by (3), a function of the int32 keys (n, 2) and positions (n,) alone."""
+    a = _mix(keys[:, 0] ^ _mix(positions))
+    b = _mix(keys[:, 1] ^ a) | 1
+    v = _mix(torch.arange(V, dtype=torch.int32, device=keys.device))
+    x = _mix((v ^ a[:, None]) * b[:, None])  # (n, V)
+    u = ((x & 0x7FFFFFFF) + 0.5) * 2**-31  # small ones finely spaced: they decide about rare tokens
+    return -torch.log1p(-u)
+
+
+def _mix(x):
+    """A bijection of int32 whose output looks random ("lowbias32", Chris Wellons, hash-prospector, public domain)."""
+    # >> is arithmetic: the masks make it logical. The second factor is 0x846CA68B as an int32.
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def _keys(seed, completion):
+    """The two int32 keys of a completion's noise."""
+    numbers = struct.pack("<4q", seed, completion.step, completion.index, completion.sample)
+    return struct.unpack("<2i", hashlib.blake2b(numbers, digest_size=8).digest())
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _all_done(group):
+    """Whether nothing of a prompt's completions is left to sample."""
+    return all(completion.done for completion in group)
+
+
+def _take(free, preferred):
+    """Takes a slot out of the list of free ones, and returns it: `preferred` if that is free, otherwise the first."""
+    slot = preferred if preferred in free else free[0]
+    free.remove(slot)
+    return slot
+
+
+def _pack(sequences):
+    """Divides [(slot, token ids), ...] into rows of at most PREFILL_TOKENS tokens (or one sequence), longest first.
+
+    Sequences of equal length stand side by side; those without a token are left out.
+    """
+    sequences = [sequence for sequence in sequences if len(sequence[1])]
+    sequences.sort(key=lambda sequence: len(sequence[1]))
+    while sequences:
+        row = [sequences.pop()]
+        tokens = len(row[0][1])
+        while sequences and tokens + len(sequences[-1][1]) <= PREFILL_TOKENS:
+            row.append(sequences.pop())
+            tokens += len(row[-1][1])
+        yield row
+
+
+def _copy_whole(model, missing):
+    """Copies into the tensors of `missing`, {name: tensor}, what `model` holds whole of them; takes them out of it."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in missing and not isinstance(tensor, DTensor):
+            missing.pop(name).copy_(tensor)
+
+
+def _precision(device):
+    """What the policy computes in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _end_tokens(model, folder):
+    """Ids of the tokens that end a completion: the generation config's, and the tokenizer's if there is one."""
+    eos_ids = model.generation_config.eos_token_id
+    if eos_ids is None:
+        eos_ids = []
+    elif isinstance(eos_ids, int):
+        eos_ids = [eos_ids]
+    eos_ids = set(eos_ids)
+    try:
+        cached_file(folder, "tokenizer_config.json")
+    except OSError:  # no tokenizer: AutoTokenizer might make up an empty one, with an end token of its own
+        return eos_ids
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is not None:
+        eos_ids.add(tokenizer.eos_token_id)
+    return eos_ids
 
 
 def _check_config(config, max_length):
@@ -387,8 +673,11 @@ def _check_memory(model, cache, device, slots, max_length):
     """Before anything is allocated: is there room for the weights and the slots?"""
     weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     buffers = sum(x.nbytes for x in cache.buffers())
-    host = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        kibibytes = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
+        free = 1024 * int(kibibytes)
     if weights + buffers > free:
         raise ValueError(
             f"rollouts need {weights / 2**30:.1f} GiB for weights and {buffers / 2**30:.1f} GiB for keys and values, "

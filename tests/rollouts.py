@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import sft
-from kernels.sampler import Sampler
+from kernels.sampler import Sampler, SamplingParams
 
 EOS = range(2, 8)
 
@@ -35,7 +35,7 @@ args = sft.Args(model="", data=[], out="", max_length=64, batch_size=2, lr=1e-2)
 device, mesh = sft.setup_distributed(args)
 rank = dist.get_rank()
 prompts = make_prompts([5, 30, 1, 12, 12, 40, 2])
-options = {"n": 2, "max_new_tokens": 20, "seed": 3}
+params = SamplingParams(n=2, max_new_tokens=20, seed=3)
 
 for family, tied in (("llama", True), ("gemma3", False)):
     args.model = str(folder / family)
@@ -57,11 +57,11 @@ for family, tied in (("llama", True), ("gemma3", False)):
         assert all(isinstance(p, DTensor) for p in policy.parameters())  # sharded again
         # Rank 0 decodes all prompts, rank 1 two of them: a collective in between would hang, or mix up with these.
         mine = range(len(prompts)) if rank == 0 else range(4, 6)
-        completions = sampler.sample([prompts[i] for i in mine], indices=mine, step=step, **options)
+        completions = sampler.sample([prompts[i] for i in mine], params, step=step, indices=mine)
         box = [tokens(completions)]
         dist.broadcast_object_list(box)
         assert tokens(completions).items() <= box[0].items()  # rank 1 sampled what rank 0 did
-        batch = [sequence(c) for c in completions if c.prompt in (4, 5)]
+        batch = [sequence(c) for c in completions if c.index in (4, 5)]
         loss = policy(common.pack(batch, device)) / sum(trained.sum() for _, trained in batch)
         loss.backward()
         optimizer.step()

@@ -292,7 +292,8 @@ def test_triton_gradients_take_the_memory_of_the_logits(dtype):
     with using("triton") as device:
         logits = torch.randn(3, 50, device=device)
         ones, y = torch.ones(3, device=device), torch.tensor([0, 9, 49], device=device)
-        gradient = rows.gradient_(logits, y, logits.logsumexp(1), None, ones, None, dtype=dtype)
+        softmax, upstream = rows.Softmax(logits.logsumexp(1), None), rows.Upstream(ones, None)
+        gradient = rows.gradient_(logits, y, softmax, upstream, rows.Transform(), dtype)
     assert gradient.dtype == dtype and gradient.shape == logits.shape
     assert gradient.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 import common
 import kernels.attention
+from kernels.attention import Options
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses CUDA paths on a CPU: make test-cuda has them")
 
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses CUD
 def emulated(query, key, value, starts, scale, left):
     """aten's flash attention for packed sequences, as its documentation has it; left: tokens seen before one's own."""
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return kernels.attention._loop(query, key, value, scale, 0.0, None if left in (None, -1) else left + 1, starts, None)[0]
+    options = Options(scaling=scale, window=None if left in (None, -1) else left + 1)
+    return kernels.attention._loop(query, key, value, starts, options)[0]
 
 
 def forward(query, key, value, starts, _, longest, *__, scale=None, window_size_left=None, window_size_right=None, **___):
@@ -61,7 +63,8 @@ def flash_attention():
         cu_seq_lens_q=None, max_length_q=None, **kwargs,
     ):  # fmt: skip
         kernels.attention._check("packed", query, attention_mask, cu_seq_lens_q, kwargs)
-        return kernels.attention._varlen(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q), None
+        options = Options(scaling, dropout, sliding_window)
+        return kernels.attention._varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
 
     AttentionInterface.register("packed_as_on_cuda", attention)
     yield

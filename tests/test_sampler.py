@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import shared
+from conftest import shared, tokenizer_folder
 from launch import run
+from safetensors.torch import load_file, save_file
 from test_kernels import tiny_config
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import common
 import kernels.sampler
 from kernels.head import linear_logprobs
-from kernels.sampler import Sampler
+from kernels.sampler import Sampler, SamplingParams
 
 FAMILIES = ("llama", "qwen3", "olmo3", "gemma2", "gemma3")
 V = 128
@@ -59,11 +60,11 @@ def make_prompts(lengths, vocab_size=V, seed=0):
 
 
 def tokens(completions):
-    return {(c.step, c.prompt, c.sample): c.token_ids.tolist() for c in completions}
+    return {(c.step, c.index, c.sample): c.token_ids.tolist() for c in completions}
 
 
 def bits(completions):
-    return [(c.step, c.prompt, c.sample, c.token_ids.tolist(), c.logprobs.tobytes(), c.ended) for c in completions]
+    return [(c.step, c.index, c.sample, c.token_ids.tolist(), c.logprobs.tobytes(), c.ended) for c in completions]
 
 
 @torch.no_grad()
@@ -98,9 +99,9 @@ def test_equals_transformers(family):
     model = make(tiny_config(family, V, True))
     prompts, eos = make_prompts([1, 60, 5, 17, 16, 33]), [2, 9, 11]
     sampler = make_sampler(model, slots=4, eos_ids=eos)
-    greedy = sampler.sample(prompts, 1, 40, temperature=0)
+    greedy = sampler.sample(prompts, SamplingParams(max_new_tokens=40, temperature=0))
     assert [c.token_ids.tolist() for c in greedy] == [generate(model, p, 40, eos) for p in prompts]
-    sampled = sampler.sample(prompts, 2, 40, temperature=0.7, seed=3)
+    sampled = sampler.sample(prompts, SamplingParams(n=2, max_new_tokens=40, temperature=0.7, seed=3))
     for completion, temperature in [(c, 1) for c in greedy] + [(c, 0.7) for c in sampled]:
         torch.testing.assert_close(
             torch.from_numpy(completion.logprobs), recompute(model, completion, temperature), rtol=0, atol=1e-5
@@ -128,7 +129,7 @@ def test_real_models_equal_generate(name, eos):
     tokenizer = common.load_tokenizer(folder, "tulu")
     texts = ["Once upon a time", "Lily had a dog", "One day, a big red ball was in the park and Tom"]
     prompts = [[eos[0]] if name == "tinystories-656k" else [1]] + [tokenizer(text).input_ids for text in texts]
-    completions = make_sampler(model, 3, 256, eos).sample(prompts, 1, 100, temperature=0)
+    completions = make_sampler(model, 3, 256, eos).sample(prompts, SamplingParams(max_new_tokens=100, temperature=0))
     assert [c.token_ids.tolist() for c in completions] == [generate(model, p, 100, eos) for p in prompts]
     for c in completions:
         torch.testing.assert_close(torch.from_numpy(c.logprobs), recompute(model, c, 1), rtol=0, atol=1e-5)
@@ -136,10 +137,62 @@ def test_real_models_equal_generate(name, eos):
 
 def test_ids_trained_are_ids_sampled(llama):
     """1,000 rollouts: the targets of the packed batch are the sampled ids, in order, and nothing else."""
-    completions = make_sampler(llama, 64, eos_ids=range(2, 12)).sample(make_prompts([4] * 250), 4, 16)
+    sampler = make_sampler(llama, 64, eos_ids=range(2, 12))
+    completions = sampler.sample(make_prompts([4] * 250), SamplingParams(n=4, max_new_tokens=16))
     assert len(completions) == 1000
     targets = common.pack([sequence(c) for c in completions], "cpu").targets
     assert targets[targets != -100].tolist() == np.concatenate([c.token_ids for c in completions]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------- a model in a folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "olmo3", "gemma2"])
+def test_from_pretrained(family, tied, tmp_path):
+    """A folder in bf16, in several files: `generate`'s tokens, and bit for bit those of a sampler synced from a policy."""
+    saved = make(tiny_config(family, V, tied)).to(torch.bfloat16)
+    saved.generation_config.eos_token_id = [2, 9]
+    saved.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    sampler, synced = Sampler.from_pretrained(tmp_path, slots=4, device="cpu"), make_sampler(model, 4, 512, [2, 9])
+    assert sampler.eos_ids == {2, 9} and sampler.max_length == 512
+    head, embedding = (f().weight for f in (sampler.model.get_output_embeddings, sampler.model.get_input_embeddings))
+    assert (head is embedding) == tied
+    prompts = make_prompts([1, 60, 5, 17])
+    greedy = sampler.sample(prompts, SamplingParams(max_new_tokens=40, temperature=0))
+    assert [c.token_ids.tolist() for c in greedy] == [generate(model, p, 40, [2, 9]) for p in prompts]
+    params = SamplingParams(n=2, max_new_tokens=20, temperature=0.7, seed=3)
+    assert bits(sampler.sample(prompts, params)) == bits(synced.sample(prompts, params))
+
+
+def test_from_pretrained_finds_all_end_tokens(llama, tmp_path):
+    """The generation config's, one or several or none, and the tokenizer's: one that is there, and none made up."""
+    gpt2 = make(GPT2Config(vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=7))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    assert Sampler.from_pretrained(tmp_path / "gpt2").eos_ids == {7}  # AutoTokenizer would invent token 0
+    for number, (eos, expected) in enumerate([(None, set()), (5, {5}), ([5, 6], {5, 6})]):
+        model, folder = copy.deepcopy(llama), tmp_path / str(number)
+        model.config.eos_token_id = model.generation_config.eos_token_id = eos
+        model.save_pretrained(folder)
+        assert Sampler.from_pretrained(folder, slots=2, max_length=32).eos_ids == expected
+        tokenizer = common.load_tokenizer(tokenizer_folder("byte_level"), "tulu")
+        tokenizer.save_pretrained(folder)
+        assert Sampler.from_pretrained(folder, slots=2, max_length=32).eos_ids == expected | {tokenizer.eos_token_id}
+
+
+def test_from_pretrained_refuses_what_is_no_whole_model(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="beyond the 512 positions"):
+        Sampler.from_pretrained(tmp_path / "model", max_length=1024)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the weights .*model.norm.weight"):
+        Sampler.from_pretrained(tmp_path / "model")
+    with pytest.raises(OSError):
+        Sampler.from_pretrained(tmp_path / "nothing")
 
 
 # ---------------------------------------------------------------------------------------- what a sample depends on
@@ -165,7 +218,8 @@ def test_noise_is_exponential_and_depends_on_every_integer():
 def test_frequencies(llama, temperature):
     """Chi-square of 10,000 first and second tokens against exact probabilities; fixed seed, threshold at p = 1e-4."""
     prompt = make_prompts([6])[0]
-    completions = make_sampler(llama, 512, eos_ids=[]).sample([prompt] * 500, 20, 2, temperature, seed=5)
+    params = SamplingParams(n=20, max_new_tokens=2, temperature=temperature, seed=5)
+    completions = make_sampler(llama, 512, eos_ids=[]).sample([prompt] * 500, params)
     with torch.no_grad():
         first = (llama(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(0)
         context = torch.tensor([prompt + [token] for token in range(V)])
@@ -185,28 +239,29 @@ def test_slots_and_company_change_nothing(family):
     """1, 3, 8 and 64 slots, with refills and groups, or each prompt by itself: the same tokens for every sample."""
     model = make(tiny_config(family, V, True))
     prompts = make_prompts([1, 50, 2, 30, 7, 7, 20, 3, 64])
-    options = {"max_new_tokens": 18, "temperature": 1.0, "seed": 7, "step": 3}
+    params = SamplingParams(n=3, max_new_tokens=18, temperature=1.0, seed=7)
     eos = list(range(2, 8))
-    results = [make_sampler(model, slots, eos_ids=eos).sample(prompts, 3, **options) for slots in (64, 8, 3, 1)]
+    results = [make_sampler(model, slots, eos_ids=eos).sample(prompts, params, step=3) for slots in (64, 8, 3, 1)]
     assert all(tokens(result) == tokens(results[0]) for result in results)
     assert len({len(c.token_ids) for c in results[0]}) > 5  # ragged, so slots were refilled at all times
     alone = make_sampler(model, 2, eos_ids=eos)
     for i in (8, 1, 0):
-        assert tokens(alone.sample([prompts[i]], 3, indices=[i], **options)).items() <= tokens(results[0]).items()
+        assert tokens(alone.sample([prompts[i]], params, step=3, indices=[i])).items() <= tokens(results[0]).items()
 
 
 def test_many_refills_at_once(llama):
     """All completions are cut off together, and groups of three straddle 32 slots: the copies come from the right slot."""
-    prompts = make_prompts(range(2, 42))
-    together = make_sampler(llama, 32, eos_ids=[]).sample(prompts, 3, 5)
-    assert tokens(together) == tokens(make_sampler(llama, 120, eos_ids=[]).sample(prompts, 3, 5))  # no refill
+    prompts, params = make_prompts(range(2, 42)), SamplingParams(n=3, max_new_tokens=5)
+    together = make_sampler(llama, 32, eos_ids=[]).sample(prompts, params)
+    assert tokens(together) == tokens(make_sampler(llama, 120, eos_ids=[]).sample(prompts, params))  # no refill
 
 
 def test_every_integer_changes_the_sample(llama):
     sampler, prompt = make_sampler(llama, eos_ids=[]), make_prompts([5])
-    base = {"n": 2, "max_new_tokens": 12, "seed": 1, "step": 1, "indices": [0]}
+    base = {"params": SamplingParams(n=2, max_new_tokens=12, seed=1), "step": 1, "indices": [0]}
     seen = [c.token_ids.tolist() for c in sampler.sample(prompt, **base)]
-    for change in ({"seed": 2}, {"step": 2}, {"indices": [1]}):
+    other_seed = SamplingParams(n=2, max_new_tokens=12, seed=2)
+    for change in ({"params": other_seed}, {"step": 2}, {"indices": [1]}):
         seen += [c.token_ids.tolist() for c in sampler.sample(prompt, **base | change)]
     assert len(set(map(tuple, seen))) == 8
     assert [c.token_ids.tolist() for c in sampler.sample(prompt, **base)] == seen[:2]
@@ -216,37 +271,40 @@ def test_every_integer_changes_the_sample(llama):
 
 
 def test_stops_at_every_end_token_and_at_the_limits(llama):
-    prompts = make_prompts([1, 3])
-    free = make_sampler(llama, eos_ids=[]).sample(prompts, 2, 20, seed=1)
+    prompts, params = make_prompts([1, 3]), SamplingParams(n=2, max_new_tokens=20, seed=1)
+    free = make_sampler(llama, eos_ids=[]).sample(prompts, params)
     assert all(len(c.token_ids) == 20 and not c.ended for c in free)
-    assert [len(c.token_ids) for c in make_sampler(llama).sample(prompts, 2, 1, seed=1)] == [1] * 4
+    once = SamplingParams(n=2, max_new_tokens=1, seed=1)
+    assert [len(c.token_ids) for c in make_sampler(llama).sample(prompts, once)] == [1] * 4
     ends = [int(free[0].token_ids[0]), int(free[1].token_ids[5]), int(free[2].token_ids[9])]  # the first: at once
-    for whole, c in zip(free, make_sampler(llama, eos_ids=ends).sample(prompts, 2, 20, seed=1), strict=True):
+    for whole, c in zip(free, make_sampler(llama, eos_ids=ends).sample(prompts, params), strict=True):
         stop = next((i for i, token in enumerate(whole.token_ids) if token in ends), None)
         assert c.ended == (stop is not None)
         assert c.token_ids.tolist() == whole.token_ids[: None if stop is None else stop + 1].tolist()
-    tight = make_sampler(llama, max_length=4, eos_ids=[]).sample(prompts, 2, 20, seed=1)  # prompts of 1 and 3 tokens
+    tight = make_sampler(llama, max_length=4, eos_ids=[]).sample(prompts, params)  # prompts of 1 and 3 tokens
     assert [c.token_ids.tolist() for c in tight] == [c.token_ids[:k].tolist() for c, k in zip(free, [3, 3, 1, 1], strict=True)]
-    last = make_sampler(llama, eos_ids=[int(free[0].token_ids[19])]).sample(prompts[:1], 1, 20, seed=1)[0]
+    single = SamplingParams(max_new_tokens=20, seed=1)
+    last = make_sampler(llama, eos_ids=[int(free[0].token_ids[19])]).sample(prompts[:1], single)[0]
     assert last.ended  # an end token as the last permitted one is an end
 
 
 def test_errors_name_the_cause(llama):
     sampler = Sampler(llama.config, 2, 32, [2], "cpu")
     with pytest.raises(ValueError, match="sync"):
-        sampler.sample([[1]], 1, 4)
+        sampler.sample([[1]], SamplingParams(max_new_tokens=4))
     sampler.sync(Policy(llama))
     for arguments, message in [
         ({"prompts": [[3] * 32]}, "prompt 0 has 32 tokens.*--max_length 32"),
         ({"prompts": [[]]}, "prompt 0 has 0 tokens"),
         ({"prompts": [[3], [V]], "indices": [7, 8]}, "prompt 8 has token ids outside the vocabulary of 128"),
         ({"prompts": [[3], [4]], "indices": [5, 5]}, "prompt 5 of step 0 is there twice"),
-        ({"temperature": -1}, "temperature"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
     ]:
         sampler.groups.clear()
         with pytest.raises(ValueError, match=message):
-            sampler.sample(**{"prompts": [[3]], "n": 1, "max_new_tokens": 4} | arguments)
+            sampler.sample(**{"prompts": [[3]], "params": SamplingParams(max_new_tokens=4)} | arguments)
+    for arguments, message in [({"temperature": -1}, "temperature"), ({"max_new_tokens": 0}, "max_new_tokens")]:
+        with pytest.raises(ValueError, match=message):
+            SamplingParams(**{"max_new_tokens": 4} | arguments)
     with pytest.raises(ValueError, match="lower --slots 10000000"):
         Sampler(llama.config, 10**7, 512, [2], "cpu")
     with pytest.raises(ValueError, match="beyond the 512 positions"):
@@ -260,7 +318,7 @@ def test_errors_name_the_cause(llama):
     broken = make(llama.config)
     torch.nn.init.constant_(broken.model.norm.weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
-        make_sampler(broken).sample([[3]], 1, 4)
+        make_sampler(broken).sample([[3]], SamplingParams(max_new_tokens=4))
 
 
 def test_prompts_are_prefilled_once(llama, monkeypatch):
@@ -268,7 +326,7 @@ def test_prompts_are_prefilled_once(llama, monkeypatch):
     sampler, seen = make_sampler(llama, 3), []
     prefill = sampler._prefill
     monkeypatch.setattr(sampler, "_prefill", lambda sequences: seen.extend(len(ids) for _, ids in sequences) or prefill(sequences))
-    sampler.sample(make_prompts([4, 9, 1, 20, 6]), 8, 10)
+    sampler.sample(make_prompts([4, 9, 1, 20, 6]), SamplingParams(n=8, max_new_tokens=10))
     assert seen == [3, 8, 0, 19, 5]
 
 
@@ -278,14 +336,14 @@ def test_prompts_are_prefilled_once(llama, monkeypatch):
 def test_enough_keeps_the_rest_and_goes_on(llama):
     """In-flight: with unchanged weights the samples are those of one call; no prompt is lost or returned twice."""
     prompts, eos = make_prompts([3, 40, 8, 1, 20, 5, 11, 30]), range(2, 8)
-    options = {"n": 3, "max_new_tokens": 30, "seed": 2}
-    expected = tokens(make_sampler(llama, 6, eos_ids=eos).sample(prompts, **options))
+    params = SamplingParams(n=3, max_new_tokens=30, seed=2)
+    expected = tokens(make_sampler(llama, 6, eos_ids=eos).sample(prompts, params))
     sampler, collected, calls = make_sampler(llama, 6, eos_ids=eos), [], []
     for part in (prompts[:5], prompts[5:], [], []):
         start = sum(calls)
         calls.append(len(part))
-        got = sampler.sample(part, indices=range(start, start + len(part)), enough=2, **options)
-        assert len(got) == 6 and len({c.prompt for c in got}) == 2 and all(c.done for c in got)
+        got = sampler.sample(part, params, indices=range(start, start + len(part)), enough=2)
+        assert len(got) == 6 and len({c.index for c in got}) == 2 and all(c.done for c in got)
         collected += got
     assert tokens(collected) == expected and not sampler.groups
 
@@ -294,11 +352,12 @@ def test_kept_sequences_continue_under_new_weights(llama):
     """After `sync`, each token's log-probability is that under the weights that sampled it."""
     other = make(llama.config, seed=1)
     sampler = make_sampler(llama, 8, eos_ids=range(2, 5))
-    first = sampler.sample(make_prompts([9, 4, 30, 1, 5, 6]), 2, 40, temperature=0.9, enough=1)
+    params = SamplingParams(n=2, max_new_tokens=40, temperature=0.9)
+    first = sampler.sample(make_prompts([9, 4, 30, 1, 5, 6]), params, enough=1)
     kept = {id(c): len(c.token_ids) for group in sampler.groups.values() for c in group if not c.done}
     assert sum(length > 0 for length in kept.values()) > 3
     sampler.sync(Policy(other))
-    rest = sampler.sample([], 2, 40, temperature=0.9)
+    rest = sampler.sample([], params)
     assert len(first) + len(rest) == 12
     mixed = 0
     for c in first + rest:
@@ -313,9 +372,10 @@ def test_new_weights_need_a_new_prefill(llama):
     """A group that had begun when the weights changed: its next samples do not copy keys and values of the old ones."""
     other = make(llama.config, seed=1)
     sampler = make_sampler(llama, 2, eos_ids=[])
-    sampler.sample(make_prompts([9, 12]), 3, 5, enough=1)  # all cut off together: of the second prompt one is done
+    params = SamplingParams(n=3, max_new_tokens=5)
+    sampler.sample(make_prompts([9, 12]), params, enough=1)  # all cut off together: of the second prompt one is done
     sampler.sync(Policy(other))
-    done, *new = sampler.sample([], 3, 5)
+    done, *new = sampler.sample([], params)
     for completion, model in [(done, llama), *((c, other) for c in new)]:
         torch.testing.assert_close(torch.from_numpy(completion.logprobs), recompute(model, completion, 1), rtol=0, atol=1e-5)
 
@@ -323,16 +383,16 @@ def test_new_weights_need_a_new_prefill(llama):
 def test_state_round_trip_is_exact(llama, tmp_path):
     """Saved between two calls and loaded into another sampler: the same bits follow as without the interruption."""
     other, prompts = make(llama.config, seed=1), make_prompts([9, 4, 30, 1, 12, 12])
-    options = {"n": 2, "max_new_tokens": 40, "temperature": 0.9, "enough": 2}
+    params = SamplingParams(n=2, max_new_tokens=40, temperature=0.9)
 
     def start():
         sampler = make_sampler(llama, 4, eos_ids=range(2, 6))
-        sampler.sample(prompts[:4], step=np.int64(1), indices=np.arange(4), **options)
+        sampler.sample(prompts[:4], params, step=np.int64(1), indices=np.arange(4), enough=2)
         return sampler
 
     def finish(sampler):
         sampler.sync(Policy(other))
-        completions = sampler.sample(prompts[4:], step=2, **options) + sampler.sample([], **options | {"enough": None})
+        completions = sampler.sample(prompts[4:], params, step=2, enough=2) + sampler.sample([], params)
         return bits(completions)
 
     torch.save(start().state_dict(), tmp_path / "state.pt")
@@ -360,7 +420,7 @@ def test_world_of_one(family):
             for name, tensor in policy.model.named_parameters():
                 assert torch.equal(tensor.full_tensor(), copies.pop(name)), name
             assert not copies
-            completions = sampler.sample(make_prompts([4, 9]), 2, 8)
+            completions = sampler.sample(make_prompts([4, 9]), SamplingParams(n=2, max_new_tokens=8))
             policy(common.pack([sequence(c) for c in completions], "cpu"), 1.0).sum().backward()
             optimizer.step()
     finally:

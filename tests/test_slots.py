@@ -14,7 +14,8 @@ from test_kernels import tiny_config
 from test_sampler import Policy, make, make_prompts, tokens
 
 import kernels.slots
-from kernels.sampler import Sampler
+from kernels.attention import Options
+from kernels.sampler import Sampler, SamplingParams
 from kernels.slots import triton_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,15 +54,16 @@ def test_kernel_equals_the_definition(dtype, window, softcap, Hq, Hkv, D, progra
             buffer[b, :, position + 1 :] = torch.nan
             buffer[b, :, : max(0, position + 1 - (window or 99))] = torch.nan
     inputs = (x.to(DEVICE) for x in (query, keys, values, positions))
-    output = triton_attention(*inputs, 0.3, window, softcap).cpu()
+    output = triton_attention(*inputs, Options(scaling=0.3, window=window, softcap=softcap)).cpu()
     assert output.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2  # weights of the softmax and the result are rounded
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def definition_as_kernel(query, keys, values, positions, scaling, window, softcap):
+def definition_as_kernel(query, buffers, positions, scaling, window, softcap):
     """What the custom operator returns, in PyTorch: all in the first of K parts, the others empty."""
     n, Hq, D = query.shape
+    keys, values = buffers
     partial, logsumexp = kernels.slots._empty_outputs(query, keys)
     partial.zero_(), logsumexp.fill_(-1e38)
     t, q = torch.arange(keys.shape[2]), query.reshape(n, keys.shape[1], -1, D)
@@ -79,11 +81,11 @@ def sample(config, monkeypatch, sizes=None, compiled=False):
     model = make(config)
     # Many tokens end a completion, so that slots fall free and both sizes are decoded.
     plain, sampler = (Sampler(model.config, 8, 64, range(2, 10), DEVICE) for _ in range(2))
-    options = {"n": 2, "max_new_tokens": 6 if sizes is None else 24, "seed": 1}
+    params = SamplingParams(n=2, max_new_tokens=6 if sizes is None else 24, seed=1)
     prompts = make_prompts([5, 30, 1])
     for each in (plain, sampler):
         each.sync(Policy(model))
-    expected = plain.sample(prompts, **options)
+    expected = plain.sample(prompts, params)
     monkeypatch.setattr(kernels.slots, "use_triton", lambda query: True)
     monkeypatch.setattr(kernels.slots, "PROGRAMS", 16)
     if compiled:
@@ -91,7 +93,7 @@ def sample(config, monkeypatch, sizes=None, compiled=False):
     if sizes:
         size = lambda: next(n for n in sizes if n > sampler._used()[-1])  # noqa: E731
         monkeypatch.setattr(sampler, "_run", lambda temperature: sampler._decode(size(), 64, temperature))
-    return expected, sampler.sample(prompts, **options)
+    return expected, sampler.sample(prompts, params)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
