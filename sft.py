@@ -5,17 +5,18 @@ The loss of a batch of conversations is the mean negative log-likelihood of its 
     L = - Σ_t m_t log π(y_t | y_<t)  /  Σ_t m_t                                                                  (1)
 
 with m_t = 1 where token t is trained on and the sums over the whole batch: all sequences, ranks and microbatches. How
-the batch is cut into packed microbatches and dealt to ranks changes nothing but rounding.
+the batch is cut into packed microbatches and dealt to ranks changes nothing but rounding. `Policy.forward` computes the
+numerator of (1) for a microbatch; the loop in `main` divides it by the denominator.
 
-Defaults are Tülu 3 8B's (arXiv 2411.15124, section 4), with two differences: Tülu trained with a *summed* loss, here it
-is the mean (1), so that the learning rate does not depend on the batch; and gradients are clipped at norm 1.
+Defaults are Tülu 3 8B's (arXiv 2411.15124, section 4), with one difference: Tülu trained on the *sum* over tokens, here
+it is the mean (1), so that the learning rate does not depend on the batch. docs/sft.md says how to have the sum.
 
-    python sft.py --model DIR --data rows.jsonl --out runs/sft                                one process, CPU or GPU
-    torchrun --nproc_per_node 8 sft.py --model allenai/Llama-3.1-... --data train.jsonl       eight GPUs, FSDP2
+    torchrun --nproc_per_node 8 sft.py                                            Tülu 3 8B on eight GPUs, by FSDP2
+    python sft.py --model DIR --data rows.jsonl --out runs/mine                   one process, CPU or GPU
 
-A run killed at any moment continues exactly where it was when the same command is given again.
+Killed at any moment, a run goes on from its last checkpoint when the same command is given again, to the same result.
 
-Shapes:  T tokens in a packed microbatch, S sequences in it, H hidden size, V vocabulary size.
+Shapes:  T tokens of a microbatch, whose sequences lie end to end without padding; H hidden size, V vocabulary size.
 """
 
 import copy
@@ -23,6 +24,7 @@ import dataclasses
 import faulthandler
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -37,14 +39,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 import tyro
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -55,63 +57,40 @@ from kernels.head import linear_cross_entropy
 
 @dataclass
 class Args:
-    model: str
-    """model folder or Hub id to start from"""
-    data: list[str]
+    # the algorithm
+    lr: float = 5e-6  # peak learning rate
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to 0 after the warm-up, or none
+    warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay rates of the gradient's mean and square
+    weight_decay: float = 0.0  # AdamW's decoupled weight decay, on matrices only
+    max_grad_norm: float = 1.0  # clip the gradient to this norm; 0 does not clip
+    batch_size: int = 128  # rows (conversations, pairs or prompts) per step, over all ranks and microbatches
+    epochs: float = 2.0  # passes over the training data
+    steps: int | None = None  # stop after this many steps, if that is sooner
+    max_length: int = 4096  # longest sequence, in tokens
+    overlong: Literal["truncate", "drop"] = "truncate"  # what happens to longer ones (either way they are counted)
+
+    # the run: every script has these
+    model: str = "meta-llama/Llama-3.1-8B"  # model folder or Hub id to start from
+    data: tuple[str, ...] = ("allenai/tulu-3-sft-mixture",)
     """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file or a Hub id (name, name@split);
     AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
-    out: str
-    """folder of the run; the same command with the same folder continues an interrupted run"""
-    eval_data: list[str] = dataclasses.field(default_factory=list)
-    """held-out data, in the same form"""
-    chat_template: str | None = None
-    """tulu, chatml or a Jinja file; by default the tokenizer's own"""
-    content_tokens: list[str] = dataclasses.field(default_factory=list)
-    """control tokens that assistant content may hold as tokens ("<think>" "</think>"); all others there are text"""
-    max_length: int = 4096
-    """longest sequence, in tokens"""
-    overlong: Literal["truncate", "drop"] = "truncate"
-    """what happens to longer ones (either way they are counted)"""
-    max_skip_frac: float = 0.01
-    """refuse to start when a larger share of a source's rows is unusable"""
-    batch_size: int = 128
-    """rows (conversations, pairs or prompts) per step, over all ranks and microbatches"""
-    tokens_per_microbatch: int = 8192
-    """tokens packed into one forward pass of one rank; 1 means one sequence at a time; does not change the loss"""
-    lr: float = 5e-6
-    """peak learning rate"""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """decay to 0 after the warm-up, or none"""
-    warmup_ratio: float = 0.03
-    """share of the steps over which the learning rate rises from 0"""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's mean and square"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices only"""
-    max_grad_norm: float = 1.0
-    """clip the gradient to this norm; 0 does not clip"""
-    epochs: float = 2.0
-    """passes over the training data"""
-    steps: int | None = None
-    """stop after this many steps, if that is sooner"""
-    seed: int = 1
-    """decides the order of the data and everything else that is random"""
-    eval_every: int = 100
-    """steps between evaluations on --eval_data (also before the first and after the last)"""
-    save_every: int = 500
-    """steps between checkpoints; 0 saves none but the final model"""
-    keep: int = 2
-    """newest checkpoints kept; 0 keeps all"""
-    shard: Literal["full", "hybrid"] = "full"
-    """full: parameters sharded over all ranks; hybrid: within a node, replicated over nodes"""
-    attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"
-    """packed attention by PyTorch, by flash-attn (when installed), or one sequence at a time"""
-    compile: bool = False
-    """torch.compile each decoder layer"""
-    activation_checkpointing: bool = False
-    """recompute each decoder layer in the backward pass: less memory, about a quarter slower"""
-    track: bool = False
-    """log to Weights & Biases (offline unless logged in)"""
+    eval_data: tuple[str, ...] = ()  # held-out data, in the same form
+    out: str = "runs/sft"  # folder of the run; the same command continues an interrupted run in it
+    chat_template: str | None = None  # tulu, chatml or a Jinja file; by default the tokenizer's own
+    content_tokens: tuple[str, ...] = ()
+    """control tokens that stay tokens where assistant content has them ("<think>" "</think>"); others become text"""
+    max_skip_frac: float = 0.01  # refuse to start when a larger share of a source's rows is unusable
+    seed: int = 1  # decides the order of the data and everything else that is random
+    eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
+    save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
+    keep: int = 2  # newest checkpoints kept; 0 keeps all
+    tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
+    activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
+    compile: bool = False  # torch.compile each decoder layer
+    attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, by sequence
+    shard: Literal["full", "hybrid"] = "full"  # parameters over all ranks, or within a node and replicated over nodes
+    track: bool = False  # log to Weights & Biases (offline unless logged in)
 
 
 class Policy(torch.nn.Module):
@@ -123,53 +102,185 @@ class Policy(torch.nn.Module):
 
     def forward(self, microbatch):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
-        weight = self.model.get_output_embeddings().weight  # (V, H)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return linear_cross_entropy(hidden, weight, microbatch.targets, softcap)  # ()
+        head = self.model.get_output_embeddings().weight  # (V, H)
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 has one
+        return linear_cross_entropy(hidden, head, microbatch.targets, softcap)  # () numerator                 (1)
 
 
-# ----------------------------------------------------------- plumbing: the same text in every script, by design
+@torch.no_grad()
+def evaluate(args, policy, rows, device):
+    """Equation (1) over all of `rows`, each rank on its share of them."""
+    policy.eval()
+    sums = Sums()
+    for indices in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
+        sums.add(loss=policy(common.pack(rows.sequences(indices), device)))
+    policy.train()
+    return {"eval_loss": sums.over_ranks()["loss"] / int(rows.trained.sum())}
 
 
-def setup_distributed(args):
-    """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
-    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a process hangs
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise common.RunError(f"--batch_size {args.batch_size} is not divisible by the {world} processes")
-    torch.manual_seed(args.seed + dist.get_rank())
-    if args.shard == "hybrid":
-        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+def main(args):
+    # Processes, data, model. What is neither imported nor defined above is defined below.
+    device, mesh = setup_distributed(args)
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    config = load_config(args)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, otherwise="tulu")  # base models have no template
+    chat = common.ChatFormat(tokenizer, args.content_tokens)
+    encode = common.SftEncoder(chat, config.vocab_size, args.max_length, args.overlong)
+    rows, eval_rows = load_data(args, encode, at_least=args.batch_size)
+    total_rows = math.ceil(args.epochs * len(rows))  # rows seen in the whole run
+    num_steps = math.ceil(total_rows / args.batch_size)
+    if args.steps:
+        num_steps = min(num_steps, args.steps)
+    run = Run(args, chat, rows, eval_rows, num_steps)
+    if run.is_finished:
+        return
+    policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
+    optimizer = make_optimizer(args, policy)
+    run.resume(policy, optimizer)
+    if run.is_eval_due(0):
+        run.log({"step": 0, **evaluate(args, policy, eval_rows, device)})
+
+    for step in range(run.first_step, num_steps):
+        run.begin(step)  # starts the clock, seeds dropout
+        indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's rows
+        num_trained = int(rows.trained[indices].sum())  # () denominator, over all ranks and microbatches        (1)
+
+        # Each rank takes its share of the batch, in as many microbatches as all others (FSDP2 needs that), and adds up
+        # the gradients of their losses.
+        sums = Sums()
+        for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
+            microbatch = common.pack(rows.sequences(indices[places]), device)
+            loss = policy(microbatch) / num_trained  # () this microbatch's part of L                            (1)
+            (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
+            sums.add(loss=loss)
+        means = sums.over_ranks()  # the sum of all parts: means["loss"] is L
+
+        # Update.
+        lr = learning_rate(args, step, num_steps)
+        set_lr(optimizer, lr)
+        grad_norm = clip_gradient(args, policy)  # before clipping
+        run.check_finite(step, means["loss"], grad_norm, indices)  # or stops
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # Log, evaluate, save.
+        entry = {"step": step + 1, **means, "lr": lr, "grad_norm": grad_norm, "trained_tokens": num_trained}
+        entry.update(run.speed(rows.lengths[indices].sum()))
+        if run.is_eval_due(step + 1):
+            entry.update(evaluate(args, policy, eval_rows, device))
+        run.log(entry)
+        run.save_if_due(step + 1, policy, optimizer)
+
+    run.finish(policy)
 
 
-def on_rank0(function):
-    """Calls `function` on rank 0 alone. Every rank gets its result, or raises its error."""
-    box = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except (common.RunError, OSError, ValueError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise common.RunError(box[1])
-    return box[0]
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loop calls, the same in every script: the optimizer, the learning rate, sums over ranks.
+
+
+def make_optimizer(args, module):
+    """AdamW with weight decay on matrices only."""
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in module.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=args.adam_betas, fused=True)
+
+
+def learning_rate(args, step, num_steps):
+    """Learning rate of `step` (from 0): linear warm-up, then the schedule down to 0. A pure function of the step."""
+    warmup = math.ceil(args.warmup_ratio * num_steps)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if args.lr_schedule == "cosine":
+        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if args.lr_schedule == "linear":
+        return args.lr * (1 - progress)
+    return args.lr
+
+
+def set_lr(optimizer, lr):
+    """Sets the learning rate of every parameter."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradient(args, module):
+    """Clips the gradient, over all ranks, to --max_grad_norm. Returns its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm or math.inf)
+    return norm.full_tensor().item()
+
+
+class Sums:
+    """Sums of named numbers over the microbatches of this rank, then over all ranks.
+
+    Every rank has to add the same names in the same order; each has the same number of microbatches, so it does.
+    """
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, **tensors):
+        """Adds to each name the sum of its tensor, of any shape."""
+        for name, tensor in tensors.items():
+            self.values[name] = self.values.get(name, 0) + tensor.detach().sum()
+
+    def over_ranks(self, count=1):
+        """{name: sum / count}, as floats."""
+        totals = all_sum(*self.values.values())
+        return {name: total / count for name, total in zip(self.values, totals, strict=True)}
 
 
 def all_sum(*values):
     """Sums of scalars (numbers or tensors) over all ranks, as floats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+    total = torch.stack(scalars)
     dist.all_reduce(total)
     return total.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: processes, models, files. Nobody has to read it. It is the same text in every script, by design.
+
+
+def setup_distributed(args):
+    """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a process hangs
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+    world = dist.get_world_size()
+    if args.batch_size % world:
+        raise common.RunError(f"--batch_size {args.batch_size} is not divisible by the {world} processes")
+    torch.manual_seed(args.seed)  # of a new score head; what a step draws is seeded by Run.begin
+    if args.shard == "full":
+        return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return device, init_device_mesh(device.type, (world // node, node), mesh_dim_names=("replicate", "shard"))
+
+
+def on_rank0(function):
+    """Calls `function` on rank 0 alone. Every rank gets its result, or raises its error."""
+    box = {"result": None, "error": None}
+    if dist.get_rank() == 0:
+        try:
+            box["result"] = function()
+        except (common.RunError, OSError, ValueError) as error:
+            box["error"] = str(error)
+    boxes = [box]
+    dist.broadcast_object_list(boxes)
+    if boxes[0]["error"] is not None:
+        raise common.RunError(boxes[0]["error"])
+    return boxes[0]["result"]
 
 
 def load_config(args):
@@ -188,15 +299,32 @@ def load_config(args):
     return config
 
 
+def load_data(args, encode, at_least):
+    """(rows to train on, held-out rows or None). Rank 0 prints an account of them, and the first as it is trained."""
+    rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
+    if len(rows) < at_least:
+        raise common.RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
+    eval_rows = None
+    if args.eval_data:
+        eval_rows = common.load_rows(args.eval_data, encode, args.seed, args.max_skip_frac)
+    if dist.get_rank() == 0:
+        print("\n".join(rows.report + (eval_rows.report if eval_rows else [])))
+        for input_ids, trained in rows.sequences([0]):
+            print(common.show_example(encode.chat.tokenizer, input_ids, trained))
+    return rows, eval_rows
+
+
 def read_weights(args, config, model_class):
     """{name: tensor} of every parameter and buffer; raises RunError unless all are there, expected and finite."""
     try:
         source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
     except Exception as error:  # transformers and safetensors have many
         raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
-    if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
+    wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
+    if wrong:
         raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
-    weights = {name: tensor.detach() for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    weights = source.state_dict()
+    weights.update(source.named_non_persistent_buffers())  # rotary frequencies: no state dict has them
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise common.RunError(f"model {args.model}: {name} holds values that are not finite")
@@ -204,60 +332,38 @@ def read_weights(args, config, model_class):
 
 
 def load_model(args, config, model_class, module_class, device, mesh):
-    """Loads, wraps and shards a model: float32 parameters; on CUDA bf16 compute. Rank 0 alone holds a whole copy.
+    """module_class(model), sharded by FSDP2 per decoder layer: float32 parameters; on CUDA bf16 compute.
 
-    Returns module_class(model), sharded by FSDP2 per decoder layer.
+    Rank 0 alone reads the files, and the others get their shards of one tensor after the other.
     """
     gc.collect()  # FSDP's hooks make cycles: a model that was dropped is still in memory
     weights = {}
-    on_rank0(lambda: weights.update(read_weights(args, config, model_class)))
+    on_rank0(lambda: weights.update(read_weights(args, config, model_class)))  # here, for it is not to be sent to all
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
     if not hasattr(model.base_model, "layers"):
         raise common.RunError(f"model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
-    module = module_class(model)
     if args.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mesh": mesh, "mp_policy": precision if device.type == "cuda" else MixedPrecisionPolicy()}
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # older name
+        enable({"use_reentrant": False})
+    precision = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     torch._dynamo.config.recompile_limit = 64  # graphs of a layer: kinds, shapes, gradient or none; then it gives up
     for layer in model.base_model.layers:
         if args.compile:
             layer.compile()
-        fully_shard(layer, **options)
-    fully_shard(module, **options)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    module = fully_shard(module_class(model), mesh=mesh, mp_policy=precision)
     module.to_empty(device=device)
     model.tie_weights()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            if dist.get_rank() == 0:
-                whole.copy_(weights.pop(name))
-            if isinstance(tensor, DTensor):
-                tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements))  # rank 0's, in shards
-            else:
-                dist.broadcast(whole, src=0)
-                tensor.copy_(whole)
+    for name, buffer in model.named_non_persistent_buffers():
+        if dist.get_rank() == 0:
+            buffer.copy_(weights.pop(name))
+        dist.broadcast(buffer, src=0)
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(model, weights, options=options)
     return module.train()
-
-
-def make_optimizer(args, module):
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.adam_betas, fused=True)
-
-
-def learning_rate(args, step, num_steps):
-    """Learning rate of `step` (from 0): linear warm-up, then the schedule down to 0. A pure function of the step."""
-    warmup = math.ceil(args.warmup_ratio * num_steps)
-    if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    if args.lr_schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return args.lr * (1 - progress) if args.lr_schedule == "linear" else args.lr
 
 
 # Flags that may differ when a run is continued: they do not change what is computed.
@@ -265,40 +371,239 @@ RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "ke
                  "activation_checkpointing", "track"}  # fmt: skip
 
 
-def start_run(args, fingerprints):
-    """Prepares the run's folder, or finds the run in it. Returns the step to continue from, None if it is finished.
+class Run:
+    """The folder of a run: where it continues, what it logs, what it saves.
+
+    Killed at any moment, the same command continues bit for bit: a checkpoint is written as step_N.tmp, flushed to disk
+    and renamed when it is whole, and other names are debris. OUT/model, made likewise, marks the end.
 
     Raises RunError if the folder holds another run: other flags, another script or other data.
     """
-    out = Path(args.out)
-    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    config = {"script": Path(__file__).name, "data": fingerprints, "args": redact(dataclasses.asdict(args))}
-    config |= {"world_size": dist.get_world_size(), "versions": versions, "commit": git.stdout.strip() or None}
-    config = json.loads(json.dumps(config))
-    steps = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix == ""]
-    if (out / "config.json").exists() and (steps or (out / "model").exists()):
-        old = json.loads((out / "config.json").read_text())
-        pairs = [(flag, old["args"].get(flag), value) for flag, value in config["args"].items()]
-        pairs += [(key, old[key], config[key]) for key in ("script", "data")]
+
+    def __init__(self, args, chat, rows, eval_rows, num_steps):
+        self.args = args
+        self.chat = chat
+        self.rows = rows
+        self.eval_rows = eval_rows
+        self.num_steps = num_steps
+        self.out = Path(args.out)
+        self.is_rank0 = dist.get_rank() == 0
+        self.signals = []  # SIGTERM: finish the step, save, exit
+        signal.signal(signal.SIGTERM, lambda number, frame: self.signals.append(number))
+        self.is_finished, self.first_step = on_rank0(self._open)
+
+    def _open(self):
+        """Compares the folder with this command, clears debris. Returns whether it is finished, and its last step."""
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        config = {
+            "script": Path(__file__).name,
+            "data": [self.rows.fingerprint, self.eval_rows and self.eval_rows.fingerprint],
+            "args": redact(dataclasses.asdict(self.args)),
+            "world_size": dist.get_world_size(),
+            "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")},
+            "commit": commit.stdout.strip() or None,  # None outside of a repository
+        }
+        last_step = max(self._checkpoints(), default=0)
+        is_finished = (self.out / "model").exists()
+        if last_step or is_finished:
+            self._compare(json.loads((self.out / "config.json").read_text()), config)
+        if is_finished:
+            print(f"{self.out} is finished: its model is {self.out}/model")
+            return True, last_step
+        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for pattern in ("checkpoints/*.tmp", "checkpoints/*.trash", "model.tmp"):
+            for debris in self.out.glob(pattern):  # half written or half deleted when the run was killed
+                shutil.rmtree(debris)
+        replace_text(self.out / "config.json", json.dumps(config, indent=2))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.out / name
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("}\n")]  # the last may be half a line
+                kept = [line for line in whole if last_step and json.loads(line)["step"] <= last_step]
+                replace_text(path, "".join(kept))
+        return False, last_step
+
+    def _compare(self, old, new):
+        """Raises RunError if two configurations are not of one run."""
+        new = json.loads(json.dumps(new))  # tuples become lists, as in the file
+        pairs = [(key, old[key], new[key]) for key in ("script", "data")]
+        pairs += [(flag, old["args"].get(flag), value) for flag, value in new["args"].items()]
         changed = [f"{key}: {a} → {b}" for key, a, b in pairs if a != b and key not in RUNTIME_FLAGS]
         if changed:
-            raise common.RunError(f"{out} holds another run ({'; '.join(changed)}): choose another --out")
-    if (out / "model").exists():
-        return None
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for leftover in [*out.glob("checkpoints/*.tmp"), *out.glob("checkpoints/*.trash"), *out.glob("model.tmp")]:
-        shutil.rmtree(leftover)  # half written or half deleted when the run was killed
-    step = max(steps, default=0)
-    texts = {out / "config.json": json.dumps(config, indent=2)}
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-        lines = path.read_text().splitlines(True) if path.exists() else []
-        lines = [line for line in lines if step and line.endswith("}\n") and json.loads(line)["step"] <= step]
-        texts |= {path: "".join(lines)} if path.exists() else {}
-    for path, text in texts.items():
-        path.with_suffix(".tmp").write_text(text)
-        path.with_suffix(".tmp").replace(path)
-    return step
+            raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
+
+    def _checkpoints(self):
+        """{step: folder} of the whole checkpoints, oldest first."""
+        suffixes = [path.name.removeprefix("step_") for path in self.out.glob("checkpoints/step_*")]
+        steps = sorted(int(suffix) for suffix in suffixes if suffix.isdecimal())
+        return {step: self.out / "checkpoints" / f"step_{step}" for step in steps}
+
+    def resume(self, module, optimizer):
+        """Loads the newest checkpoint, on any number of ranks. Returns the `state` that each rank of then has saved."""
+        states = []
+        if self.first_step:
+            path = self._checkpoints()[self.first_step]
+            if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o002:  # torch unpickles its metadata
+                raise common.RunError(f"{path} belongs to somebody else or is world-writable: it will not be loaded")
+            weights, moments = dcp_state.get_state_dict(module, optimizer)
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path / "state")
+            dcp_state.set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            states = torch.load(path / "states.pt", weights_only=True)
+            if len(states) != dist.get_world_size() and self.is_rank0:
+                print(f"the number of processes has changed, it was {len(states)}: what dropout draws will differ")
+        self._start_logging()
+        return states
+
+    def begin(self, step):
+        """Starts the clock. What a step draws (dropout) is a function of (seed, step, rank): no state to save."""
+        self.started = time.perf_counter()
+        seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+
+    def seconds(self):
+        """Since the step has begun."""
+        return time.perf_counter() - self.started
+
+    def speed(self, tokens):
+        """Metrics of a step that has processed so many tokens until now."""
+        seconds = self.seconds()
+        return {"tokens": int(tokens), "tokens_per_second": int(tokens) / seconds, "seconds": seconds}
+
+    def check_finite(self, step, loss, grad_norm, indices):
+        """Stops before the optimizer step if the loss or the gradient is not finite; names the step and its rows."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        names = "; ".join(self.rows.where(i) for i in indices[:8])
+        raise common.RunError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, so the weights are "
+            f"as they were. The {len(indices)} rows of this batch begin with: {names}"
+        )
+
+    def is_eval_due(self, done):
+        """Whether to evaluate after so many steps: before the first, every --eval_every steps and after the last."""
+        if self.eval_rows is None or (done == 0 and self.first_step > 0):
+            return False
+        return done % self.args.eval_every == 0 or done == self.num_steps
+
+    def _start_logging(self):
+        self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not self.is_rank0)
+        self.wandb = None
+        if self.args.track and self.is_rank0:
+            import wandb
+
+            netrc = Path.home() / ".netrc"
+            logged_in = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
+            self.wandb = wandb.init(
+                project="postcard",
+                name=self.out.name,
+                id=hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                dir=self.out,
+                config=redact(dataclasses.asdict(self.args)),
+                mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
+                settings=wandb.Settings(x_disable_meta=True, console="off"),  # command line and output may hold secrets
+            )
+
+    def log(self, entry):
+        """On rank 0: appends to metrics.jsonl, moves the progress bar and feeds W&B."""
+        if not self.is_rank0:
+            return
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        shown = [key for key in ("loss", "eval_loss", "accuracy", "reward", "tokens_per_second") if key in entry]
+        self.bar.set_postfix({key: f"{entry[key]:.4g}" for key in shown}, refresh=False)
+        self.bar.update(entry["step"] - self.bar.n)
+        if self.wandb:
+            self.wandb.log(entry, step=entry["step"])
+
+    def is_stopping(self):
+        """Whether any rank was sent SIGTERM. All ranks ask together."""
+        return all_sum(len(self.signals))[0] > 0
+
+    def save_if_due(self, done, module, optimizer, state=None):
+        """After so many steps: saves every --save_every steps; after SIGTERM at once, and exits."""
+        stopping = self.is_stopping()
+        if done == self.num_steps:
+            return  # `finish` comes next
+        if stopping:
+            self.leave(done, module, optimizer, state)
+        if self.args.save_every and done % self.args.save_every == 0:
+            self.save(done, module, optimizer, state)
+
+    def leave(self, done, module, optimizer, state=None):
+        """Saves what was reached after so many steps, and exits with 143: the same command continues."""
+        if done > self.first_step and done not in self._checkpoints():
+            self.save(done, module, optimizer, state)
+        sys.exit(128 + signal.SIGTERM)
+
+    def save(self, done, module, optimizer, state=None):
+        """Makes checkpoints/step_N: sharded weights, optimizer and each rank's `state` to resume from, and model/."""
+        final = self.out / "checkpoints" / f"step_{done}"
+        partial = final.with_suffix(".tmp")
+        on_rank0(partial.mkdir)
+        try:
+            weights, moments = dcp_state.get_state_dict(module, optimizer)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial / "state")
+            states = [None] * dist.get_world_size()
+            dist.all_gather_object(states, state)
+            if self.is_rank0:
+                torch.save(states, partial / "states.pt")
+            export_model(self.args, module.model, self.chat, partial / "model")
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            reason = str(error).strip().splitlines()[-1]
+            free = shutil.disk_usage(partial.parent).free
+            raise common.RunError(f"checkpoint step {done} to {final} failed, {free:,} bytes free: {reason}") from None
+        sync_to_disk(partial)
+        dist.barrier()
+        on_rank0(lambda: self._publish(partial, final))
+
+    def _publish(self, partial, final):
+        partial.rename(final)
+        sync_to_disk(final.parent)
+        for old in list(self._checkpoints().values())[: -self.args.keep]:
+            shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
+
+    def finish(self, module):
+        """Publishes the final model as OUT/model, which marks the run as finished."""
+        partial = self.out / "model.tmp"
+        export_model(self.args, module.model, self.chat, partial)
+        if self.is_rank0:
+            sync_to_disk(partial)
+            partial.rename(self.out / "model")
+        dist.destroy_process_group()
+
+
+def export_model(args, model, chat, path):
+    """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:  # which alone has them
+        config = load_config(args)  # the source's; a reward model differs in two entries
+        config.num_labels = model.config.num_labels
+        config.pad_token_id = model.config.pad_token_id
+        with torch.device("meta"):
+            skeleton = type(model)(config).to(config.dtype)
+        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
+        skeleton.save_pretrained(path, state_dict={name: weight.to(config.dtype) for name, weight in weights.items()})
+        chat.tokenizer.save_pretrained(path)
+        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(path.iterdir())]
+        (path / "SHA256SUMS").write_text("".join(sums))
+    dist.barrier()
+
+
+def replace_text(path, text):
+    """Writes a file: whole or not at all."""
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
+
+
+def sync_to_disk(folder):
+    """fsync of a folder and everything in it."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def redact(value):
@@ -307,238 +612,18 @@ def redact(value):
     return json.loads(re.sub(secret, "[redacted]", json.dumps(value)))
 
 
-def save_checkpoint(args, module, optimizer, chat, step, state=None):
-    """Writes checkpoints/step_N: whole or not at all. Sharded state to resume from, and model/ to load elsewhere.
-
-    `state`: what else this rank needs to continue, of plain values and tensors.
-    """
-    final = Path(args.out, "checkpoints", f"step_{step}")
-    partial, rank = final.with_suffix(".tmp"), dist.get_rank()
-    on_rank0(lambda: partial.mkdir())
-    try:
-        model_state, optimizer_state = get_state_dict(module, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
-        random = {"cpu": torch.get_rng_state(), "world_size": dist.get_world_size(), "state": state}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        torch.save(random, partial / f"random_{rank}.pt")
-        export_model(args, module.model, chat, partial / "model")
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        free, reason = shutil.disk_usage(partial.parent).free, str(error).strip().splitlines()[-1]
-        raise common.RunError(f"checkpoint step {step} to {final} failed, {free:,} bytes free: {reason}") from None
-    sync_to_disk(partial)
-    dist.barrier()
-
-    def publish():
-        partial.rename(final)
-        sync_to_disk(final.parent, recursive=False)
-        for old in sorted(final.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[: -args.keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
-
-    on_rank0(publish)
-
-
-def sync_to_disk(folder, recursive=True):
-    """fsync of a folder and, if recursive, everything in it."""
-    for path in [*(folder.rglob("*") if recursive else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def load_checkpoint(args, module, optimizer, step):
-    """Restores what was saved after `step` steps, on any number of ranks. Returns (this rank's `state`, whether it is).
-
-    With another number of ranks than before it is rank 0's state of then.
-    """
-    path = Path(args.out, "checkpoints", f"step_{step}")
-    if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o002:  # torch unpickles its metadata
-        raise common.RunError(f"{path} belongs to somebody else or is world-writable: it will not be loaded")
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path / "state")
-    set_state_dict(module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    random = torch.load(path / "random_0.pt", weights_only=True)
-    if same_world := random["world_size"] == dist.get_world_size():
-        random = torch.load(path / f"random_{dist.get_rank()}.pt", weights_only=True)
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["cuda"])
-    elif dist.get_rank() == 0:
-        print("the number of processes has changed: random states start anew (dropout will differ)")
-    return random["state"], same_world
-
-
-def export_model(args, model, chat, path):
-    """Writes a folder that from_pretrained opens: weights in the source model's precision, tokenizer, chat template."""
-    config = load_config(args)  # the source's; a reward model differs in two entries
-    config.num_labels, config.pad_token_id = model.config.num_labels, model.config.pad_token_id
-    weights, persistent = {}, model.state_dict().keys()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # a tied head appears once
-        if name in persistent:
-            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-            if dist.get_rank() == 0:
-                weights[name] = whole.to("cpu", config.dtype)
-    if dist.get_rank() == 0:
-        with torch.device("meta"):
-            skeleton = type(model)(config).to(config.dtype)
-        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
-        skeleton.save_pretrained(path, state_dict=weights)
-        chat.tokenizer.save_pretrained(path)
-        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(path.iterdir())]
-        (path / "SHA256SUMS").write_text("".join(sums))
-    dist.barrier()
-
-
-def finish_run(args, module, chat):
-    """Publishes the final model as DIR/model, which marks the run as finished."""
-    partial = Path(args.out, "model.tmp")
-    export_model(args, module.model, chat, partial)
-    if dist.get_rank() == 0:
-        sync_to_disk(partial)
-        partial.rename(Path(args.out, "model"))
-    dist.destroy_process_group()
-
-
-def check_finite(args, step, loss, grad_norm, rows, indices):
-    """Stops before the optimizer step if the loss or the gradient is not finite; names the step and the batch."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    names = [rows.where(i) for i in indices]
-    path = Path(args.out, f"not_finite_step_{step + 1}.json")
-    if dist.get_rank() == 0:
-        path.write_text(json.dumps(names, indent=1))
-    raise common.RunError(
-        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, so the weights are as "
-        f"they were. Rows of this batch: {'; '.join(names[:4])}{' …' * (len(names) > 4)} (all of them in {path})"
-    )
-
-
-def start_logging(args, first_step, num_steps):
-    """Returns log(entry), which on rank 0 appends to metrics.jsonl, moves the progress bar and feeds W&B."""
-    if dist.get_rank() != 0:
-        return lambda entry: None
-    bar, run = tqdm(total=num_steps, initial=first_step, unit="step"), None
-    if args.track:
-        import wandb
-
-        netrc = Path.home() / ".netrc"
-        logged_in = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
-        run = wandb.init(
-            project="postcard",
-            name=Path(args.out).name,
-            id=hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()[:16],
-            resume="allow",
-            dir=args.out,
-            config=redact(dataclasses.asdict(args)),
-            mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
-            settings=wandb.Settings(x_disable_meta=True, console="off"),  # command line and output may hold secrets
-        )
-
-    def log(entry):
-        with open(Path(args.out, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        shown = [key for key in ("loss", "eval_loss", "accuracy", "reward", "tokens_per_second") if key in entry]
-        bar.set_postfix({key: f"{entry[key]:.4g}" for key in shown}, refresh=False)
-        bar.update(entry["step"] - bar.n)
-        if run:
-            run.log(entry, step=entry["step"])
-
-    return log
-
-
-# ------------------------------------------------------------------------------------------------- the algorithm
-
-
-@torch.no_grad()
-def evaluate(args, policy, rows, device):
-    """Equation (1) over all of `rows`."""
-    policy.eval()
-    loss = torch.zeros((), device=device)
-    for microbatch in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
-        loss += policy(common.pack(rows.sequences(microbatch), device))
-    policy.train()
-    return {"eval_loss": all_sum(loss)[0] / int(rows.trained.sum())}
-
-
-def main(args):
-    # 1. processes
-    device, mesh = setup_distributed(args)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    signals = []  # SIGTERM: finish the step, save, exit
-    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
-
-    # 2. data
-    config = load_config(args)
-    chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
-    encode = common.SftEncoder(chat, config.vocab_size, args.max_length, args.overlong)
-    rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
-    eval_rows = common.load_rows(args.eval_data, encode, args.seed, args.max_skip_frac) if args.eval_data else None
-    if len(rows) < args.batch_size:
-        raise common.RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
-    num_rows = math.ceil(args.epochs * len(rows))  # rows seen in the whole run
-    num_steps = min(math.ceil(num_rows / args.batch_size), args.steps or num_rows)
-    if rank == 0:
-        print("\n".join(rows.report + (eval_rows.report if eval_rows else [])))
-        print(common.show_example(chat.tokenizer, *rows.sequences([0])[0]))
-    first_step = on_rank0(lambda: start_run(args, [rows.fingerprint, eval_rows and eval_rows.fingerprint]))
-    if first_step is None:
-        return print(f"{args.out} is finished: its model is {args.out}/model")
-
-    # 3. model
-    policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
-
-    # 4. optimizer
-    optimizer = make_optimizer(args, policy)
-
-    # 5. resume
-    if first_step:
-        load_checkpoint(args, policy, optimizer, first_step)
-    log = start_logging(args, first_step, num_steps)
-    if eval_rows and not first_step:
-        log({"step": 0} | evaluate(args, policy, eval_rows, device))
-
-    for step in range(first_step, num_steps):
-        # batch → microbatches
-        started = time.perf_counter()
-        indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, num_rows)
-        num_trained = int(rows.trained[indices].sum())  # the denominator of (1), over all ranks
-        microbatches = common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]
-
-        # forward, loss, backward
-        loss = torch.zeros((), device=device)
-        for microbatch in microbatches:
-            loss_sum = policy(common.pack(rows.sequences(indices[microbatch]), device))  # () -Σ m log π
-            (loss_sum / num_trained * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
-            loss += loss_sum.detach() / num_trained
-
-        # clip, update
-        loss, stop = all_sum(loss, len(signals))
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
-        grad_norm = grad_norm.full_tensor().item()
-        check_finite(args, step, loss, grad_norm, rows, indices)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # log, evaluate, save
-        step, seconds, tokens = step + 1, time.perf_counter() - started, int(rows.lengths[indices].sum())
-        entry = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": grad_norm, "tokens": tokens}
-        entry |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "trained_tokens": num_trained}
-        if eval_rows and (step % args.eval_every == 0 or step == num_steps):
-            entry |= evaluate(args, policy, eval_rows, device)
-        log(entry)
-        if step < num_steps and (stop or (args.save_every and step % args.save_every == 0)):
-            save_checkpoint(args, policy, optimizer, chat, step)
-            if stop:
-                sys.exit(128 + signal.SIGTERM)  # 143: the same command continues
-
-    # export
-    finish_run(args, policy, chat)
+def parse_args():
+    """Args from the command line. --help prints the docstring, and the table of flags as it stands in this file."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        table = re.sub(r"^    (\w+):", r"    --\1:", inspect.getsource(Args), flags=re.MULTILINE)
+        print(__doc__, table.partition("\n")[2].partition("\n")[2], sep="\nFlags, as type = default:\n\n")
+        print("A bool is switched by --name or --no_name; several values follow one flag: --data a.jsonl b.jsonl:0.5")
+        sys.exit()
+    return tyro.cli(Args, use_underscores=True)
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+        main(parse_args())
     except common.RunError as error:
         sys.exit(f"error: {error}")

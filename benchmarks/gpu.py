@@ -202,19 +202,14 @@ class Enough(Exception):
 
 def stop_after(script, steps):
     """A run ends after so many steps, before the export, which would take longer than they."""
-    start_logging = script.start_logging
+    log = script.Run.log
 
-    def limited(*arguments):
-        log = start_logging(*arguments)
+    def limited_log(self, entry):
+        log(self, entry)
+        if entry["step"] >= steps:
+            raise Enough
 
-        def limited_log(entry):
-            log(entry)
-            if entry["step"] >= steps:
-                raise Enough
-
-        return limited_log
-
-    script.start_logging = limited
+    script.Run.log = limited_log
 
 
 OURS = {
@@ -290,7 +285,7 @@ def sampler(args, work, size):
     import torch
 
     import common
-    from kernels.sampler import LOOK_EVERY, Sampler
+    from kernels.sampler import LIMIT, LIVE, LOOK_EVERY, POSITION, Sampler, SamplingParams
 
     torch._dynamo.config.recompile_limit = 64  # every shape here is another graph
     policy, results = load_policy(work, size, "packed"), []
@@ -304,7 +299,7 @@ def sampler(args, work, size):
             engine.active, start = [object()] * batch, context - steps // 2
 
             def run(engine=engine, start=start, context=context):
-                engine.state[:, 0], engine.state[:, 1], engine.state[:, 2] = start, context + 63, 1
+                engine.state[:, POSITION], engine.state[:, LIMIT], engine.state[:, LIVE] = start, context + 63, 1
                 engine._run(1.0)
 
             started = time.perf_counter()
@@ -322,7 +317,7 @@ def sampler(args, work, size):
     prompts = np.random.default_rng(0).integers(3, 4000, (16, 20)).tolist()
     length, gaps = (400 if not args.dry else 20), []
     with torch.no_grad():
-        for c in engine.sample(prompts, 2, length, seed=1):
+        for c in engine.sample(prompts, SamplingParams(n=2, max_new_tokens=length, seed=1)):
             ids = np.concatenate([c.prompt_ids, c.token_ids])
             batch = common.pack([(ids, np.arange(len(ids)) >= len(c.prompt_ids))], device())
             logprobs = policy(batch, 1.0)[0][batch.targets != common.IGNORE]
@@ -412,7 +407,7 @@ def outcome(command, out, left):
 def main(args):
     started = time.time()
     packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
-    facts = environment("gpu.py", "sft.py", "dpo.py", "grpo.py", "common.py", "kernels", packages=packages)
+    facts = environment("gpu.py", "sft.py", "dpo.py", "grpo.py", "common.py", "kernels", "rewards", packages=packages)
     facts |= {"settings": asdict(args), "results": []}
 
     with tempfile.TemporaryDirectory() as work:

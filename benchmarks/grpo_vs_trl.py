@@ -41,7 +41,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_vs_trl import ON_CPU, Clock, environment, run, summarise, train_tokenizer
+from sft_vs_trl import ON_CPU, Clock, environment, run, summarise, time_steps, train_tokenizer
 
 IMPORTS = {"postcard": "import grpo", "trl": "import common; from trl import GRPOConfig, GRPOTrainer"}
 PARTS = ("rollout", "generate")
@@ -170,27 +170,20 @@ class PartClock(Clock):
 def run_postcard(args, work, setting, slots, out, **flags):
     """Runs grpo.py's main, with a clock around its logging. flags: further ones of grpo.py."""
     import grpo
+    from kernels.sampler import Sampler
 
-    clock, start_logging = PartClock(out), grpo.start_logging
-    clock.watch(grpo, "sample_and_judge", "rollout")
-    clock.watch(grpo.Sampler, "sync", "rollout")
+    clock = PartClock(out)
+    clock.watch(grpo.Rollouts, "sample", "rollout")
+    clock.watch(grpo.Rollouts, "sync", "rollout")
     clock.watch(grpo, "set_advantages", "rollout")
-    clock.watch(grpo.Sampler, "sample", "generate")
+    clock.watch(Sampler, "sample", "generate")
 
-    def timed_logging(*arguments):
-        log = start_logging(*arguments)
+    def described(entry):
+        tokens = {"tokens": entry["sampled_tokens"], "mean_length": entry["completion_tokens"]}
+        return {key: entry[key] for key in ("loss", "grad_norm", "reward", "entropy")} | tokens
 
-        def timed_log(entry):
-            clock.stop()
-            tokens = {"tokens": entry["sampled_tokens"], "mean_length": entry["completion_tokens"]}
-            clock.write({key: entry[key] for key in ("loss", "grad_norm", "reward", "entropy")} | tokens)
-            log(entry)
-            clock.start()
-
-        clock.start()
-        return timed_log
-
-    grpo.start_logging = timed_logging
+    time_steps(grpo, clock, described)
+    flags = {"activation_checkpointing": False} | flags
     grpo.main(grpo.Args(
         model=str(work / setting), data=[str(work / "rows.jsonl")], out=str(out), active_sampling=0,
         max_length=args.max_prompt + args.max_new_tokens, max_new_tokens=args.max_new_tokens,
@@ -314,7 +307,7 @@ def report(args, runs, memory, baseline, started):
                   f" {r['cpu_milliseconds_per_step'] / 1000:7.2f} {parts[0]:9.2f} {parts[1]:8.2f} {parts[2]:8.2f} |"
                   f" {ratios[0]:17.2f} {ratios[1]:8.2f} {ratios[2]:8.2f} |"
                   f" {r['mean_length']:6.1f} {r['reward']:7.2f} {r['growth_mb']:10.0f}")  # fmt: skip
-    facts = environment("grpo_vs_trl.py", "grpo.py", "common.py", "kernels", "pool.py", "rewards.py")
+    facts = environment("grpo_vs_trl.py", "grpo.py", "common.py", "kernels", "rewards")
     facts |= {"minutes": (time.time() - started) / 60, "settings": asdict(args) | {"data": Path(args.data).name}}
     facts |= {"rounds": len(runs[args.settings[0], args.contestants[0]])}
     Path(args.out).write_text(json.dumps(facts | {"import_peak_mb": baseline, "results": results}, indent=1) + "\n")

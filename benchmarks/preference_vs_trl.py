@@ -41,7 +41,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_vs_trl import ON_CPU, ROOT, Clock, environment, largest_difference, run, summarise, train_tokenizer
+from sft_vs_trl import (
+    ON_CPU,
+    ROOT,
+    Clock,
+    environment,
+    largest_difference,
+    run,
+    summarise,
+    time_steps,
+    train_tokenizer,
+)
 
 SCRIPTS = {"dpo": "dpo", "reward": "reward_model", "sft": "sft"}
 TRAINERS = {"dpo": "DPOConfig, DPOTrainer", "reward": "RewardConfig, RewardTrainer"}
@@ -154,20 +164,7 @@ def split(encoded):
 def run_postcard(args, work, task, variant, tokens_per_microbatch, out, **flags):
     """Runs our script's main, with a clock around its logging. flags: further ones of the script."""
     script = __import__(SCRIPTS[task])
-    start_logging = script.start_logging
-
-    def timed_logging(*arguments):
-        log, clock = start_logging(*arguments), Clock(out)
-
-        def timed_log(entry):
-            clock.stop()
-            clock.write({key: entry[key] for key in ("loss", "grad_norm", "tokens")})
-            log(entry)
-            clock.start()
-
-        return timed_log
-
-    script.start_logging = timed_logging
+    time_steps(script, Clock(out), lambda entry: {key: entry[key] for key in ("loss", "grad_norm", "tokens")})
     settings = flags | ({"tokens_per_microbatch": tokens_per_microbatch} if tokens_per_microbatch else {})
     if task == "dpo":
         settings["beta"] = args.beta

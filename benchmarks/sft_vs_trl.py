@@ -151,25 +151,32 @@ def wait_for_gpu():
         torch.cuda.synchronize()
 
 
+def time_steps(script, clock, described):
+    """Puts a clock around every step of a script: from where it is resumed, or has logged a step, to its next log.
+
+    described: entry of the log → what is written of it.
+    """
+    resume, log = script.Run.resume, script.Run.log
+
+    def timed_resume(self, *arguments):
+        states = resume(self, *arguments)
+        clock.start()
+        return states
+
+    def timed_log(self, entry):
+        clock.stop()
+        clock.write(described(entry))
+        log(self, entry)
+        clock.start()
+
+    script.Run.resume, script.Run.log = timed_resume, timed_log
+
+
 def run_postcard(args, work, tokens_per_microbatch, out, **flags):
     """Runs sft.py's main, with a clock around its logging. flags: further ones of sft.py."""
     import sft
 
-    start_logging = sft.start_logging
-
-    def timed_logging(*arguments):
-        log, clock = start_logging(*arguments), Clock(out)
-
-        def timed_log(entry):
-            clock.stop()
-            if entry:
-                clock.write({key: entry[key] for key in ("loss", "grad_norm", "tokens")})
-            log(entry)
-            clock.start()
-
-        return timed_log
-
-    sft.start_logging = timed_logging
+    time_steps(sft, Clock(out), lambda entry: {key: entry[key] for key in ("loss", "grad_norm", "tokens")})
     budget = {"tokens_per_microbatch": int(tokens_per_microbatch)} if tokens_per_microbatch else {}
     sft.main(sft.Args(
         model=str(work / "model"), data=[str(work / "rows.jsonl")], out=str(out), max_length=args.max_length,

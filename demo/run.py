@@ -74,6 +74,7 @@ def grpo(out, seed):
         "grpo.py", model=f"{out}/sft/model", data=f"{out}/prompts.jsonl", eval_data=f"{out}/held_out_prompts.jsonl:500",
         out=f"{out}/grpo", max_length=64, max_new_tokens=32, batch_size=64, group_size=8, slots=256, minibatches=4,
         normalize_std=True, lr=5e-4, lr_schedule="linear", steps=32, eval_every=8, save_every=0, seed=seed,
+        no_activation_checkpointing=True,
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def ppo(out, seed, name="ppo", **flags):
         "ppo_rlvr.py", model=f"{out}/sft/model", data=f"{out}/prompts.jsonl",
         eval_data=f"{out}/held_out_prompts.jsonl:500", out=f"{out}/{name}", max_length=64, max_new_tokens=32,
         batch_size=256, slots=256, minibatches=8, lr=3e-4, value_lr=5e-4, value_clip=0, value_warmup_steps=24, steps=56,
-        epochs=3, eval_every=8, save_every=0, seed=seed, **flags,
+        epochs=3, eval_every=8, save_every=0, seed=seed, no_activation_checkpointing=True, **flags,
     )  # fmt: skip
 
 

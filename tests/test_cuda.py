@@ -27,7 +27,7 @@ import kernels.slots
 import ppo_rlvr
 import sft
 from kernels.head import linear_cross_entropy, linear_logprobs
-from kernels.sampler import Sampler
+from kernels.sampler import Sampler, SamplingParams
 
 DRY = os.environ.get("CUDA_TESTS") == "dry"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,12 +115,13 @@ def test_graphs_sample_what_the_model_would(family):
     config = tiny_config(family, 128, True)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=BF16 if DEVICE == "cuda" else None).to(DEVICE)
     policy, prompts, found = grpo.Policy(model), make_prompts([5, 30, 1, 12, 12, 40, 2]), []
+    params = SamplingParams(n=3, max_new_tokens=40, seed=1)
     for slots in (3, 16):
         sampler = Sampler(config, slots, 128, [2], DEVICE)
         for _ in range(2):  # the second time the graphs are there
             sampler.sync(policy)
-            completions = sampler.sample(prompts, 3, 40, seed=1)
-        found.append({(c.prompt, c.sample): c.token_ids.tolist() for c in completions})
+            completions = sampler.sample(prompts, params)
+        found.append({(c.index, c.sample): c.token_ids.tolist() for c in completions})
         for c in completions:
             check_gap(policy, c)
     same = np.mean([found[0][key][0] == found[1][key][0] for key in found[0]])
@@ -138,8 +139,8 @@ def test_attention_over_slots_at_real_shapes(n, Hq, Hkv, D):
     function = definition_as_kernel if DRY else kernels.slots._partial_attention
     for window in (None, 33):
         expected = definition(*(x.cpu() for x in (query, keys, values, positions)), D**-0.5, window, None)
-        arguments = (x.float() if DRY and x.is_floating_point() else x for x in (query, keys, values, positions))
-        partial, logsumexp = function(*arguments, D**-0.5, window or L, 0.0)
+        q, k, v = (x.float() if DRY else x for x in (query, keys, values))
+        partial, logsumexp = function(q, [k, v], positions, D**-0.5, window or L, 0.0)
         assert relative((partial * logsumexp.softmax(2)[..., None]).sum(2).cpu(), expected) < 1e-2
 
 
@@ -152,7 +153,7 @@ def test_graphs_are_few_and_follow_new_weights():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=BF16 if DEVICE == "cuda" else None)
         policy = grpo.Policy(model.to(DEVICE))
         sampler.sync(policy)
-        for c in sampler.sample(prompts, 8, 20, seed=seed):
+        for c in sampler.sample(prompts, SamplingParams(n=8, max_new_tokens=20, seed=seed)):
             check_gap(policy, c)
     assert DEVICE == "cpu" or len(sampler.graphs) <= len(sampler.sizes) == 2
 
@@ -251,17 +252,17 @@ def test_compiled_layers_have_no_break_and_few_shapes(without_dropout, tmp_path)
 
 def test_a_run_continues_with_its_dropout(start, reference, tmp_path, monkeypatch):
     """Stopped after step 6 and continued: the course of the run that was not, dropout included, up to atomics."""
-    save = sft.save_checkpoint
+    save = sft.Run.save
 
     def stops(*args, **kwargs):
         save(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft, "save_checkpoint", stops)
+    monkeypatch.setattr(sft.Run, "save", stops)
     flags = start | {"attn": "packed_loop", "save_every": 6}
     with pytest.raises(KeyboardInterrupt):
         call(sft, out=tmp_path / "run", **flags)
-    monkeypatch.setattr(sft, "save_checkpoint", save)
+    monkeypatch.setattr(sft.Run, "save", save)
     call(sft, out=tmp_path / "run", **flags)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(reference), rtol=1e-3)
 
@@ -272,7 +273,7 @@ def test_reinforcement_learning(start, tmp_path, script, capfd):
     rows = [{"messages": [user(f"{i}?")], "dataset": "small", "ground_truth": "5"} for i in range(32)]
     flags = start | {"data": [write_jsonl(tmp_path / "train.jsonl", rows)], "max_new_tokens": 16, "steps": 4, "minibatches": 2, "kl_beta": 0.05,
                      "verifier_workers": 1, "batch_size": 16, "lr": 1e-3}  # fmt: skip
-    flags |= {"reward_model_coef": 0.0, "zero_value_head": True} if script is ppo_rlvr else {"active_sampling": 0}
+    flags |= {"value_model": None, "zero_value_head": True} if script is ppo_rlvr else {"active_sampling": 0}
     call(script, out=tmp_path / "run", **flags)
     lines = metrics(tmp_path / "run")
     assert all(np.isfinite(value) for line in lines for value in line.values())
@@ -282,20 +283,20 @@ def test_reinforcement_learning(start, tmp_path, script, capfd):
 
 
 def test_weights_change_places_and_come_back(start):
-    """`exchanged`: other weights inside, the very same afterwards; also where a forward has gathered the outermost ones."""
+    """`other_weights`: other weights inside, the very same afterwards; also where a forward has gathered the outermost ones."""
     args = ppo_rlvr.Args(**{k: str(v) if k == "model" else v for k, v in start.items()}, out="")
     device, mesh = ppo_rlvr.setup_distributed(args)
     try:
         policy = ppo_rlvr.load_model(args, ppo_rlvr.load_config(args), AutoModelForCausalLM, ppo_rlvr.Policy, device, mesh).eval()
-        other = [shard + 1.0 for shard in ppo_rlvr.host_copy(policy)]
-        before, microbatch = ppo_rlvr.host_copy(policy), common.pack([(np.arange(9), np.arange(9) > 3)], device)
+        other = [shard + 1.0 for shard in ppo_rlvr.weights_on_host(policy)]
+        before, microbatch = ppo_rlvr.weights_on_host(policy), common.pack([(np.arange(9), np.arange(9) > 3)], device)
         with torch.no_grad():
             first, _ = policy(microbatch, 1.0)
-            with ppo_rlvr.exchanged(policy, other):
+            with ppo_rlvr.other_weights(policy, other):
                 inside, _ = policy(microbatch, 1.0)
             again, _ = policy(microbatch, 1.0)
         policy.reshard()
         assert torch.equal(first, again) and not torch.equal(first, inside)
-        assert all(torch.equal(a, b) for a, b in zip(before, ppo_rlvr.host_copy(policy), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, ppo_rlvr.weights_on_host(policy), strict=True))
     finally:
         dist.destroy_process_group()

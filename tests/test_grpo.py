@@ -4,14 +4,18 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
+import datasets
+import launch
 import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
 import rl
 import torch
-from conftest import ALONE, user, write_jsonl
+from conftest import user, write_jsonl
+from forked import forked
 from launch import call, metrics, run
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +24,7 @@ import grpo
 import rewards
 from common import RunError
 from kernels.sampler import Sampler
+from rewards.environment import Rollouts, flatten
 
 ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
 
@@ -30,7 +35,7 @@ ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
 def batch(seed, sizes=((3, 2), (5, 4), (2, 6), (4, 1)), ref=False, old=True):
     """A packed microbatch with random numbers, in float64. sizes: (prompt, completion) tokens of each sequence."""
     rng = np.random.default_rng(seed)
-    names = ["behaviour_logprobs", "advantages", "weight"] + ["old_logprobs"] * old + ["ref_logprobs"] * ref
+    names = ["behaviour_logprobs", "advantages", "loss_weight"] + ["old_logprobs"] * old + ["ref_logprobs"] * ref
     sequences = []
     for prompt, completion in sizes:
         trained = np.arange(prompt + completion) >= prompt
@@ -46,8 +51,8 @@ def batch(seed, sizes=((3, 2), (5, 4), (2, 6), (4, 1)), ref=False, old=True):
     return microbatch, logprobs
 
 
-def oracle(args, microbatch, logprobs):
-    """Equations (2) and (3) in plain Python, token by token: (sum of weighted losses, its gradient)."""
+def oracle(args, microbatch, logprobs, of_sequence=False):
+    """Equations (2) to (5), or with (2) as GSPO's, in plain Python, token by token: (sum of weighted losses, its gradient)."""
     x = {name: values.tolist() for name, values in microbatch.extras.items()}
     trained = (microbatch.targets != common.IGNORE).tolist()
     logp = [value.detach().clone().requires_grad_() for value in logprobs]
@@ -57,7 +62,7 @@ def oracle(args, microbatch, logprobs):
         old = {t: x["old_logprobs"][t] if "old_logprobs" in x else logp[t].item() for t in tokens}
         mean = sum(logp[t] - old[t] for t in tokens) / len(tokens)
         for t in tokens:
-            rho = torch.exp(mean if args.ratio == "sequence" else logp[t] - old[t])
+            rho = torch.exp(mean if of_sequence else logp[t] - old[t])
             a = x["advantages"][t]
             clipped = min(max(rho.item(), 1 - args.clip_low), 1 + args.clip_high)
             objective = rho * a if rho.item() * a <= clipped * a else torch.tensor(clipped * a, dtype=torch.float64)
@@ -66,7 +71,7 @@ def oracle(args, microbatch, logprobs):
             if "ref_logprobs" in x:
                 difference = x["ref_logprobs"][t] - logp[t]
                 loss = loss + args.kl_beta * (torch.exp(difference) - difference - 1)
-            total = total + loss * x["weight"][t]
+            total = total + loss * x["loss_weight"][t]
     total.backward()
     return total.item(), [0.0 if value.grad is None else value.grad.item() for value in logp]
 
@@ -75,16 +80,20 @@ def oracle(args, microbatch, logprobs):
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"ratio": "sequence"}, {"tis_cap": 0.0}, {"tis_cap": 0.9}, {"kl_beta": 0.1}, {"clip_low": 0.05, "clip_high": 0.01}],
+    [{}, {"fork": "gspo"}, {"tis_cap": 0.0}, {"tis_cap": 0.9}, {"kl_beta": 0.1}, {"clip_low": 0.05, "clip_high": 0.01},
+     {"fork": "gspo", "kl_beta": 0.1, "tis_cap": 0.9}],
     ids=str,
-)
+)  # fmt: skip
 def test_loss_and_gradient_are_those_of_the_equations(flags, old, seed):
+    flags = dict(flags)
+    fork = flags.pop("fork", None)
     args = dataclasses.replace(ARGS, **flags)
     microbatch, logprobs = batch(seed, ref=bool(args.kl_beta), old=old)
-    losses, _ = grpo.policy_loss(args, logprobs, microbatch)
-    loss = (losses * microbatch.extras["weight"]).sum()
+    script = forked(fork) if fork else grpo
+    losses, _ = script.policy_loss(args, logprobs, microbatch)
+    loss = (losses * microbatch.extras["loss_weight"]).sum()
     loss.backward()
-    expected, gradient = oracle(args, microbatch, logprobs)
+    expected, gradient = oracle(args, microbatch, logprobs, of_sequence=fork == "gspo")
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-11, atol=1e-14)
 
@@ -126,15 +135,26 @@ def test_advantages(normalize_std):
 
 
 @pytest.mark.parametrize(
-    ("average", "expected"),
-    [("token", [1 / 10] * 4), ("sequence", [1 / 4, 1 / 8, 1 / 12, 1 / 16]), ("constant", [1 / 64] * 4)],
+    ("fork", "expected"),
+    [(None, [1 / 10] * 4), ("sequence_mean", [1 / 4, 1 / 8, 1 / 12, 1 / 16]), ("dr_grpo", [1 / 64] * 4)],
 )
-def test_weights(average, expected, monkeypatch):
-    monkeypatch.setattr(grpo, "dist", ALONE)
-    args = dataclasses.replace(ARGS, average=average)
-    ((microbatch,),) = grpo.deal_minibatches(args, [samples([0, 1], [1, 2]), samples([0, 1], [3, 4])])
-    weights = {int(sample.trained.sum()): sample.weight for sample in microbatch}
+def test_weights(fork, expected):
+    script = forked(fork) if fork else grpo
+    minibatch = samples([0, 1], [1, 2]) + samples([0, 1], [3, 4])
+    script.set_loss_weights(ARGS, minibatch)
+    weights = {int(sample.trained.sum()): sample.loss_weight for sample in minibatch}
     assert [weights[n] for n in (1, 2, 3, 4)] == pytest.approx(expected)
+
+
+def test_overlong_penalty():
+    """Of 16 tokens the last 4 cost: none at 12, a quarter each, 1 at 16. Groups are compared with it."""
+    script = forked("overlong_penalty")
+    args = script.Args(max_new_tokens=16, overlong_buffer=4)
+    group = samples([1.0] * 5, [3, 12, 13, 14, 16])
+    assert [script.shaped_reward(args, sample) for sample in group] == [1.0, 1.0, 0.75, 0.5, 0.0]
+    assert script.is_kept(args, group) and not grpo.is_kept(ARGS, group) and not script.is_kept(args, group[:2])
+    script.set_advantages(args, group)
+    assert [sample.advantages for sample in group] == pytest.approx([0.35, 0.35, 0.1, -0.15, -0.65])
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -177,7 +197,7 @@ def test_a_run_writes_what_it_promises(reference):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 100}, {"slots": 3}, {"activation_checkpointing": True}], ids=str
+    "flags", [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 100}, {"slots": 3}, {"activation_checkpointing": False}], ids=str
 )
 def test_how_it_is_computed_changes_nothing(start, reference, tmp_path, flags):
     call(grpo, out=tmp_path / "run", **start | flags)
@@ -196,15 +216,16 @@ def test_several_updates(start, reference, tmp_path):
     "flags",
     [
         {"kl_beta": 0.1, "normalize_std": True, "active_sampling": 0},
-        {"ratio": "sequence", "average": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 2},
-        {"average": "constant", "overlong_buffer": 4, "tis_cap": 0.0},
+        {"forks": ("gspo", "sequence_mean"), "minibatches": 2},
+        {"forks": ("dr_grpo", "overlong_penalty"), "overlong_buffer": 4, "tis_cap": 0.0},
         {"temperature": 0.7},
         {"inflight": 4, "max_staleness": 2},
     ],
     ids=str,
 )
 def test_flags_train(start, tmp_path, flags):
-    call(grpo, out=tmp_path / "run", **start | {"steps": 3} | flags)
+    flags = dict(flags)
+    call(forked(*flags.pop("forks", ())), out=tmp_path / "run", **start | {"steps": 3} | flags)
     lines = metrics(tmp_path / "run")
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)
     assert ("ref_kl" in lines[0]) == ("kl_beta" in flags)
@@ -228,10 +249,9 @@ def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path):
 def test_in_flight_runs_continue_bit_for_bit(start, tmp_path, monkeypatch):
     flags = start | {"save_every": 1, "inflight": 6, "keep": 0, "slots": 8}
     call(grpo, out=tmp_path / "whole", **flags)
-    finish = grpo.finish_run
-    monkeypatch.setattr(grpo, "finish_run", lambda *_: None)
-    call(grpo, out=tmp_path / "run", **flags | {"steps": 6})
-    monkeypatch.setattr(grpo, "finish_run", finish)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.Run, "finish", lambda *_: None)
+        call(grpo, out=tmp_path / "run", **flags | {"steps": 6})
     for step in (4, 5):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
     call(grpo, out=tmp_path / "run", **flags)
@@ -339,15 +359,83 @@ def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
 
 
-def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start, monkeypatch):
+def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start):
     """The same completion, after a prompt that ends in <think> and after one that does not."""
-    monkeypatch.setattr(grpo, "dist", ALONE)
     tokenizer, judged = common.load_tokenizer(start["model"]), []
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("5?<think>", "5?")]
     answer = np.array(tokenizer.encode("5 it is", add_special_tokens=False))
-    completions = [SimpleNamespace(prompt=i, step=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False) for i, ids in enumerate(prompts)]
-    rows = SimpleNamespace(sequences=lambda rows: [(prompts[row], None) for row in rows], table=[{"job": '["gsm8k", "5", null]'}] * 2)
-    sampler, pool = SimpleNamespace(sample=lambda *_, **__: completions), SimpleNamespace(score=lambda jobs: judged.extend(jobs) or [rewards.judge(*job[:3]) for job in jobs])
-    found = grpo.sample_and_judge(ARGS, sampler, pool, SimpleNamespace(tokenizer=tokenizer), rows, range(2), int, n=1)
+    completions = [SimpleNamespace(index=i, step=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False) for i, ids in enumerate(prompts)]
+    table = datasets.Dataset.from_dict({"job": ['["gsm8k", "5", null]'] * 2, "input_ids": prompts, "trained": [[False] * len(ids) for ids in prompts]})
+    rows = common.Rows(table, ["rows"], None, None, [], "")
+    args = dataclasses.replace(ARGS, verifier_workers=1)
+    rollouts = Rollouts(args, SimpleNamespace(tokenizer=tokenizer), rows)
+    rollouts.close()
+    rollouts.pool = SimpleNamespace(score=lambda jobs: judged.extend(jobs) or [rewards.judge(*job[:3]) for job in jobs])
+    rollouts.sampler = SimpleNamespace(sample=lambda *_, **__: completions, state_dict=dict, load_state_dict=lambda _: None)
+    found = flatten(rollouts.sample_all(rows))
     assert [job[1] for job in judged] == ["<think>5 it is", "5 it is"]
     assert [(sample.reward, sample.text) for sample in found] == [(0.0, "5 it is"), (1.0, "5 it is")]
+
+
+# ---------------------------------------------------------------------------------------------- another number of ranks
+
+
+def in_flight(states):
+    """{(step, index): [token ids, ...]} of the completions that the ranks of a checkpoint had begun."""
+    kept = {}
+    for completion in flatten(state["sampler"]["completions"] for state in states):
+        kept.setdefault((completion["step"], completion["index"]), []).append(completion["token_ids"].tolist())
+    return kept
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
+    """Each group is on one rank, whole; on as many ranks as before each has its own."""
+    def completion(index, sample):
+        return {"step": 3, "index": index, "sample": sample, "token_ids": np.array([index, sample])}
+
+    def state(*indices):
+        return {"cursor": 20, "sampler": {"completions": [completion(i, sample) for i in indices for sample in range(4)]}}
+
+    states = [state(12, 15, 17), state(13)]
+    shares = []
+    for rank in range(ranks):
+        rollouts = Rollouts.__new__(Rollouts)
+        rollouts.sampler = SimpleNamespace(load_state_dict=shares.append)
+        monkeypatch.setattr("rewards.environment._rank", lambda: rank)
+        monkeypatch.setattr("rewards.environment._world", lambda: ranks)
+        rollouts.load_state_dicts(states)
+        assert rollouts.cursor == 20
+    dealt = [in_flight([{"sampler": share}]) for share in shares]
+    assert sum(map(len, dealt)) == 4 and {**dealt[0], **dict(flatten(d.items() for d in dealt))} == in_flight(states)
+    assert all(len(group) == 4 for d in dealt for group in d.values())
+    if ranks == 2:
+        assert shares == [state["sampler"] for state in states]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_completions_in_flight_survive_another_number_of_processes(start, tmp_path, before, after):
+    """Stopped with completions in flight: resumed, every one of them goes on from the tokens it has, and is judged."""
+    out, flags = tmp_path / "run", rl.rewarded_by_a_built_in(tmp_path, start)
+    flags |= {"inflight": 8, "slots": 6, "max_new_tokens": 24, "active_sampling": 0, "max_staleness": 2, "log_samples": 10**6, "keep": 0, "steps": 7}
+    process = launch.start("grpo.py", before, out=out, **flags)
+    while not (out / "checkpoints" / "step_4").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    launch.kill(process)
+    for folder in (out / "checkpoints").iterdir():  # it may have gone on while we looked
+        if folder.name != "step_4":
+            shutil.rmtree(folder)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    pending = in_flight(torch.load(out / "checkpoints" / "step_4" / "states.pt", weights_only=False))
+    assert sum(len(ids) > 0 for group in pending.values() for ids in group) > 0  # some have tokens already
+    stdout, _ = run("grpo.py", after, out=out, **flags)
+    assert "number of processes has changed" in stdout
+    tokenizer = common.load_tokenizer(start["model"])
+    lines = [json.loads(line) for line in open(out / "samples.jsonl")]
+    for (_, position), group in pending.items():
+        row = f"row {1 + common.stream(32, 1, [position])[0]}"
+        answers = [line["completion"] for line in lines if line["step"] > 4 and line["row"].endswith(row)]
+        for ids in group:
+            begun = tokenizer.decode(ids[:-1], skip_special_tokens=True)  # the last may be half a character, or the end
+            assert any(answer.startswith(begun) for answer in answers), (position, begun, answers)

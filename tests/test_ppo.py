@@ -11,6 +11,7 @@ import pytest
 import rl
 import torch
 from conftest import ROOT, TOKENIZERS, tokenizer_folder
+from forked import forked
 from launch import call, metrics, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
@@ -19,6 +20,7 @@ import grpo
 import ppo_rlvr
 from common import RunError
 from rewards import Verdict
+from rewards.environment import rollout_metrics
 
 sys.path.insert(0, str(ROOT / "demo"))
 import show_tokens  # noqa: E402
@@ -35,6 +37,13 @@ def ragged(seed, most=12, count=9):
     lengths = rng.integers(1, most + 1, count)
     lengths[rng.integers(count)] = 1
     return rng.normal(0, 3, lengths.sum()), rng.normal(0, 5, lengths.sum()), lengths.tolist()
+
+
+def gae_of_each(rewards, values, lengths, gamma, lam):
+    """ppo_rlvr.gae of completions that lie end to end."""
+    cuts = np.cumsum(lengths)[:-1]
+    pairs = zip(np.split(rewards, cuts), np.split(values, cuts), strict=True)
+    return np.concatenate([ppo_rlvr.gae(r, v, gamma, lam) for r, v in pairs])
 
 
 def sum_of_errors(rewards, values, gamma, lam):
@@ -63,15 +72,15 @@ def cleanrl(rewards, values, gamma, lam):
 def test_gae(seed, gamma, lam, reference):
     rewards, values, lengths = ragged(seed, most=(1, 5, 12, 40, 200)[seed])
     cuts = np.cumsum(lengths)[:-1]
-    pairs = zip(np.split(rewards, cuts), np.split(values, cuts), strict=True)
+    pairs = list(zip(np.split(rewards, cuts), np.split(values, cuts), strict=True))
     expected = [a for r, v in pairs for a in reference(r.tolist(), v.tolist(), gamma, lam)]
-    np.testing.assert_allclose(ppo_rlvr.gae(rewards, values, lengths, gamma, lam), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gae_of_each(rewards, values, lengths, gamma, lam), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_lambda_1_is_what_came_and_0_is_one_step():
     rewards, values, lengths = np.array([1.0, 2, 4, 8, 16]), np.array([1.0, 1, 1, 1, 1]), [3, 2]
-    assert ppo_rlvr.gae(rewards, values, lengths, 1.0, 1.0).tolist() == [6, 5, 3, 23, 15]
-    assert ppo_rlvr.gae(rewards, values, lengths, 1.0, 0.0).tolist() == [1, 2, 3, 8, 15]
+    assert gae_of_each(rewards, values, lengths, 1.0, 1.0).tolist() == [6, 5, 3, 23, 15]
+    assert gae_of_each(rewards, values, lengths, 1.0, 0.0).tolist() == [1, 2, 3, 8, 15]
 
 
 def sample(reward=0.0, ended=True, old=(0.0, 0.0, 0.0), ref=(0.0, 0.0, 0.0), **numbers):
@@ -139,7 +148,7 @@ def test_summary_of_values():
     for s, rewards, score in ((a, [0.0, 3.0], 4.0), (b, [0.0, 0.0, -10.0], -9.0)):
         s.rewards, s.score, s.kls = np.array(rewards), score, s.old_logprobs - s.ref_logprobs
     ppo_rlvr.set_advantages(dataclasses.replace(ARGS, gae_lambda=1.0), [a, b])
-    found = ppo_rlvr.summarise([a, b], [[a], [b]], 0)
+    found = {**rollout_metrics([[a], [b]], 0), **ppo_rlvr.value_metrics([a, b])}
     target, value = np.array([3, 3, -10, -10, -10.0]), np.array([3, 3, 0, 0, 0.0])
     expected = 1 - np.var(target - value) / np.var(target)
     assert found["explained_variance"] == found["explained_variance_mc"] == pytest.approx(expected)
@@ -155,7 +164,7 @@ def test_summary_of_values():
 def batch(seed):
     """A packed microbatch with random numbers in float64, and log-probabilities and values near the old ones."""
     rng = np.random.default_rng(seed)
-    names = ["behaviour_logprobs", "old_logprobs", "advantages", "values", "returns", "weight"]
+    names = ["behaviour_logprobs", "old_logprobs", "advantages", "values", "returns", "loss_weight"]
     sequences = []
     for prompt, completion in ((3, 2), (5, 4), (2, 6), (4, 1)):
         trained = np.arange(prompt + completion) >= prompt
@@ -164,7 +173,7 @@ def batch(seed):
         sequences.append((rng.integers(0, 9, len(trained)), trained, *arrays))
     microbatch = common.pack(sequences, "cpu", *names)
     microbatch.extras = {name: values.double() for name, values in microbatch.extras.items()}
-    microbatch.extras["weight"] = microbatch.extras["weight"].abs()
+    microbatch.extras["loss_weight"] = microbatch.extras["loss_weight"].abs()
     trained = (microbatch.targets != common.IGNORE).double()
     near = {name: microbatch.extras[name] + torch.from_numpy(rng.normal(0, 0.3, len(trained))) for name in ("old_logprobs", "values")}
     return microbatch, (near["old_logprobs"] * trained).requires_grad_(), near["values"].requires_grad_()
@@ -172,11 +181,11 @@ def batch(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("flags", [{}, {"tis_cap": 0.0}, {"clip_low": 0.1, "clip_high": 0.3, "tis_cap": 1.1}], ids=str)
-def test_policy_loss_is_equation_3(flags, seed):
+def test_policy_loss_is_equation_4(flags, seed):
     args = dataclasses.replace(ARGS, **flags)
     microbatch, logprobs, _ = batch(seed)
     losses, found = ppo_rlvr.policy_loss(args, logprobs, microbatch)
-    (losses * microbatch.extras["weight"]).sum().backward()
+    (losses * microbatch.extras["loss_weight"]).sum().backward()
     x = {name: values.tolist() for name, values in microbatch.extras.items()}
     bound = 0
     for t, logprob in enumerate(logprobs.tolist()):
@@ -189,22 +198,22 @@ def test_policy_loss_is_equation_3(flags, seed):
         binds = clipped < rho * a
         bound += binds
         assert losses[t].item() == pytest.approx(-w * min(rho * a, clipped), rel=1e-12)
-        assert logprobs.grad[t].item() == pytest.approx(0.0 if binds else -w * rho * a * x["weight"][t], rel=1e-12)
+        assert logprobs.grad[t].item() == pytest.approx(0.0 if binds else -w * rho * a * x["loss_weight"][t], rel=1e-12)
     assert found["clipfrac"].sum() == bound > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("value_clip", [0.2, 0.05, 0.0])
-def test_value_loss_is_equation_4(value_clip, seed):
+def test_value_loss_is_equation_6(value_clip, seed):
     microbatch, _, values = batch(seed)
     losses, found = ppo_rlvr.value_loss(dataclasses.replace(ARGS, value_clip=value_clip), values, microbatch)
-    (losses * microbatch.extras["weight"]).sum().backward()
+    (losses * microbatch.extras["loss_weight"]).sum().backward()
     bound = 0
     for t, new in enumerate(values.tolist()):
         if microbatch.targets[t] == common.IGNORE:
             assert losses[t] == values.grad[t] == 0
             continue
-        old, target, weight = (microbatch.extras[name][t].item() for name in ("values", "returns", "weight"))
+        old, target, weight = (microbatch.extras[name][t].item() for name in ("values", "returns", "loss_weight"))
         clipped = min(max(new, old - value_clip), old + value_clip) if value_clip else new
         binds = (clipped - target) ** 2 > (new - target) ** 2
         bound += binds
@@ -314,7 +323,7 @@ def test_the_page_of_tokens_holds_the_samples(reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 100}, {"slots": 3}, {"activation_checkpointing": True}], ids=str
+    "flags", [{"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 100}, {"slots": 3}, {"activation_checkpointing": False}], ids=str
 )
 def test_how_it_is_computed_changes_nothing(start, reference, tmp_path, flags):
     call(ppo_rlvr, out=tmp_path / "run", **start | flags)
@@ -387,10 +396,11 @@ def test_value_warm_up_leaves_the_policy(start, reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"group_size": 3, "average": "sequence", "tis_cap": 0.0}, {"inflight": 4, "max_staleness": 2}, {"kl_beta": 0.0, "gamma": 0.9}], ids=str
+    "flags", [{"group_size": 3, "forks": ("sequence_mean",), "tis_cap": 0.0}, {"inflight": 4, "max_staleness": 2}, {"kl_beta": 0.0, "gamma": 0.9}], ids=str
 )
 def test_flags_train(start, tmp_path, flags):
-    call(ppo_rlvr, out=tmp_path / "run", **start | {"steps": 3} | flags)
+    flags = dict(flags)
+    call(forked(*flags.pop("forks", ()), base="ppo_rlvr.py"), out=tmp_path / "run", **start | {"steps": 3} | flags)
     lines = metrics(tmp_path / "run")
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)
     assert (max(line["staleness"] for line in lines) > 0) == ("inflight" in flags)

@@ -1,7 +1,11 @@
 """The rules that keep the scripts readable hold, and each rule notices when it is broken."""
 
 import pytest
-from readability import RULES, sources
+from readability import PLUMBING, RULES, SHARED, sources
+
+
+def rule_named(name):
+    return next(rule for rule in RULES if rule.__name__ == name)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -9,45 +13,90 @@ def test_rule_holds(rule):
     assert not rule(sources())
 
 
-def sibling(change):
-    """sources() with a dpo.py that is sft.py after `change`."""
-    files = sources()
-    files["dpo.py"] = change(files["sft.py"])
-    assert files["dpo.py"] != files["sft.py"]
-    return files
-
-
 def append(text):
     return lambda source: source + text
 
 
 def replace(old, new):
-    return lambda source: source.replace(old, new, 1)
+    def change(source):
+        assert old in source
+        return source.replace(old, new, 1)
+
+    return change
+
+
+def on_first_page(line):
+    """A line put before the training loop."""
+    return replace("    for step in range(", f"    {line}\n    for step in range(")
+
+
+def main_last(source):
+    """`main` behind the plumbing."""
+    begin, end = source.index("def main(args)"), source.index("# ----", source.index("def main(args)"))
+    return source[:begin] + source[end:] + source[begin:end]
 
 
 @pytest.mark.parametrize(
     "rule, change, complaint",
     [
+        ("newspaper_order", main_last, "dpo.py: main, the optimizer and the plumbing do not follow each other"),
+        ("newspaper_order", lambda source: source.replace("(1)", "(0)"), "dpo.py does not begin with its equations"),
+        ("newspaper_order", replace("def evaluate(", "class Args:\n    pass\n\n\ndef evaluate("), "dpo.py: its first page is"),
+        ("plumbing", replace("math.ceil(args.warmup_ratio", "math.floor(args.warmup_ratio"), "the end of dpo.py differs"),
+        ("plumbing", append("\n# one more"), "the end of dpo.py differs"),
         ("same_name_same_source", replace("math.ceil(args.warmup_ratio", "math.floor(args.warmup_ratio"), "learning_rate"),
         ("same_flag_same_meaning", replace("seed: int = 1", "seed: int = 2"), "--seed"),
-        ("same_flag_same_meaning", replace('"""peak learning rate"""', '"""rate"""'), "--lr"),
+        ("same_flag_same_meaning", replace("# peak learning rate", "# rate"), "--lr"),
+        ("same_flag_same_meaning", replace("seed: int = 1", "seed: int"), "--seed has no default"),
+        ("same_flag_same_meaning", replace("  # peak learning rate", ""), "--lr has no help"),
         ("no_dead_flag", replace("    seed: int = 1", "    unused: int = 1\n    seed: int = 1"), "--unused is never read"),
         ("no_dead_flag", append("\n    args.lr = 1\n"), "args.lr is overwritten"),
-        ("sizes", append("\ndef f():\n" + "    x = 1\n" * 41), "f has 42 code lines"),
+        ("plain_first_page", on_first_page("if x := 1: pass"), "x := 1"),
+        ("plain_first_page", on_first_page("a, b = 1, 'x'"), "a, b = (1, 'x')"),
+        ("plain_first_page", on_first_page("a |= {}"), "a |= {}"),
+        ("plain_first_page", on_first_page("a = 'x' * True"), "'x' * True"),
+        ("plain_first_page", on_first_page("step += 1"), "step += 1"),
         ("sizes", append("\n# " + "x" * 119 + "\n"), "121 characters"),
         ("sizes", append("\ndef f():\n    if 1:\n     if 1:\n      if 1:\n       if 1:\n        pass\n"), "nests 4 deep"),
-        ("differences", append("\nx = 1" * 201), "diff sft.py dpo.py: 202 lines"),
+        ("sizes", append("\ndef f(a, b, c, d, e, f, g):\n    pass\n"), "f has 7 parameters"),
+        ("differences", replace("@dataclass", "x = 1\n" * 201 + "@dataclass"), "the first pages of sft.py and dpo.py: 201 lines"),
+        ("amount", replace("@dataclass", "# more\n" * 30 + "x = 1\n" * 500 + "@dataclass"), "the loop begins at line 672"),
+        ("amount", replace("@dataclass", "x = 1\n" * 500 + "@dataclass"), "tokens of the first page: 2522"),
         ("imports", append("\nimport sft\n"), "dpo.py imports sft"),
         ("banned", append("\nimport pickle\n"), "pickle"),
         ("banned", append("\ntorch.load('x')\n"), "torch.load"),
     ],
-)
+)  # fmt: skip
 def test_rule_notices(rule, change, complaint):
-    rule = next(r for r in RULES if r.__name__ == rule)
-    assert any(complaint in found for found in rule(sibling(change)))
+    """In a dpo.py that is sft.py after `change`."""
+    files = sources()
+    files["dpo.py"] = change(files["sft.py"])
+    assert files["dpo.py"] != files["sft.py"]
+    found = rule_named(rule)(files)
+    assert any(complaint in each for each in found), found
+
+
+def test_long_plumbing_is_noticed():
+    files = {name: text.replace(PLUMBING, PLUMBING + "\n#" * 400) if SHARED in text else text for name, text in sources().items()}
+    assert any("lines of plumbing, limit 400" in complaint for complaint in rule_named("plumbing")(files))
+
+
+def test_dense_code_is_noticed():
+    files = {**sources(), "kernels/dense.py": "x = [" + "1, " * 10 + "]\n"}
+    assert rule_named("amount")(files) == ["kernels/dense.py: 24.0 tokens a code line, limit 10.5"]
+
+
+def test_a_circle_of_imports_is_noticed():
+    files = sources()
+    files["rewards/ifeval.py"] += "\nfrom rewards.pool import Pool\n"
+    found = rule_named("imports")(files)
+    assert {f"rewards/{name}.py is in a circle of imports" for name in ("ifeval", "verifiers", "pool")} == set(found)
+
+
+def test_a_file_beside_the_scripts_is_noticed():
+    assert rule_named("top_level")({**sources(), "helpers.py": ""}) == ["helpers.py stands beside the scripts"]
 
 
 def test_docstring_rule_notices():
-    rule = next(r for r in RULES if r.__name__ == "public_docstrings")
-    files = sources() | {"common.py": 'def f():\n    pass\n\ndef g():\n    """Does it."""\n    raise ValueError\n'}
-    assert len(rule(files)) == 2
+    files = {**sources(), "common.py": 'def f():\n    pass\n\ndef g():\n    """Does it."""\n    raise ValueError\n'}
+    assert len(rule_named("public_docstrings")(files)) == 2

@@ -1,4 +1,4 @@
-"""The loss and gradient of grpo.py against TRL's GRPOTrainer, where TRL is installed (requirements-bench.txt).
+"""The loss and gradient of grpo.py and its forks against TRL's GRPOTrainer, where TRL is installed (requirements-bench.txt).
 
 All of TRL's computation is TRL's: a trainer on a tiny model is handed completions, their sampled log-probabilities and
 rewards, by its `rollout_func` and reward function. It makes advantages, log-probabilities and batches of them
@@ -7,10 +7,10 @@ pretended is that vLLM has sampled, so that it corrects for that. Both compute i
 
 TRL 1.16's names for our flags, and where its definitions are others:
 
-    loss_type                       grpo: --average sequence; dapo and bnpo: token; dr_grpo: constant. bnpo averages over
-                                    each forward pass, and is the same for one pass in a step only
+    loss_type                       grpo: forks/sequence_mean.py; dapo and bnpo: grpo.py; dr_grpo: forks/dr_grpo.py. bnpo
+                                    averages over each forward pass, and is the same for one pass in a step only
     epsilon, epsilon_high           --clip_low, --clip_high; by default 0.2 both
-    importance_sampling_level       --ratio
+    importance_sampling_level       token: grpo.py; sequence: forks/gspo.py
     scale_rewards                   True, its default: --normalize_std. The same ddof of 1, and 1e-4 added to the std
     beta                            --kl_beta, but by default TRL multiplies k3 by the ratio (use_bias_correction_kl),
                                     and the gradient is another one even where the ratio is 1. We have GRPO's k3
@@ -24,11 +24,13 @@ scale_rewards.
 
 import copy
 import dataclasses
+from itertools import groupby
 
 import numpy as np
 import pytest
 import torch
 from conftest import ALONE
+from forked import forked
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -37,7 +39,7 @@ import grpo
 trl = pytest.importorskip("trl", reason="TRL is not installed (requirements-bench.txt)")
 
 GROUPS, SIZE, LONGEST = 4, 4, 12
-AVERAGE = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
+FORK = {"grpo": ["sequence_mean"], "bnpo": [], "dapo": [], "dr_grpo": ["dr_grpo"]}  # of a loss_type
 MAIN = grpo.Args(model="", data=[], out="", max_new_tokens=LONGEST + 4, group_size=SIZE, tis_cap=0.0)
 
 
@@ -80,32 +82,32 @@ def load(folder, weights):
 def set_logprobs(args, samples, name, policy):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "dist", ALONE)
-        grpo.set_numbers(args, samples, name, lambda batch: policy(batch, args.temperature)[0], "cpu")
+        grpo.annotate(args, samples, name, lambda batch: policy(batch, args.temperature)[0], "cpu")
 
 
-def loss_of_ours(start, args, several, monkeypatch):
-    """(loss, {name: gradient}, [tokens clipped below, above, at --tis_cap]) of grpo.py."""
-    monkeypatch.setattr(grpo, "dist", ALONE)
+def loss_of_ours(start, script, args, several, monkeypatch):
+    """(loss, {name: gradient}, [tokens clipped below, above, at --tis_cap]) of grpo.py, or of what forks make of it."""
+    monkeypatch.setattr(script, "dist", ALONE)
     folder, (first, old, new), samples = start
     policy, reference = load(folder, old), load(folder, first)
-    groups = grpo.grouped(copy.deepcopy(samples))
-    for group in groups:
-        grpo.set_advantages(args, group)
-    minibatches = grpo.deal_minibatches(args, groups)
-    extras = ["behaviour_logprobs", "advantages", "weight"]
+    samples = copy.deepcopy(samples)
+    for _, group in groupby(samples, lambda sample: sample.position):
+        script.set_advantages(args, list(group))
+    script.set_loss_weights(args, samples)
+    extras = ["behaviour_logprobs", "advantages", "loss_weight"]
     if several:
         extras += ["old_logprobs"]
-        set_logprobs(args, sum(groups, []), "old_logprobs", policy)
+        set_logprobs(args, samples, "old_logprobs", policy)
         policy.model.load_state_dict(new)
     if args.kl_beta:
         extras += ["ref_logprobs"]
-        set_logprobs(args, sum(groups, []), "ref_logprobs", reference)
+        set_logprobs(args, samples, "ref_logprobs", reference)
     total, bounded = 0.0, np.zeros(3)
-    for chosen in minibatches[0]:
-        microbatch = common.pack([sample.columns(*extras) for sample in chosen], "cpu", *extras)
+    for indices in script.deal(args, samples):
+        microbatch = common.pack([samples[i].columns(*extras) for i in indices], "cpu", *extras)
         logprobs, _ = policy(microbatch, args.temperature)
-        losses, metrics = grpo.policy_loss(args, logprobs, microbatch)
-        loss = (losses * microbatch.extras["weight"]).sum()
+        losses, metrics = script.policy_loss(args, logprobs, microbatch)
+        loss = (losses * microbatch.extras["loss_weight"]).sum()
         loss.backward()
         total += loss.item()
         clipped, advantage = metrics["clipfrac"], microbatch.extras["advantages"]
@@ -114,7 +116,7 @@ def loss_of_ours(start, args, several, monkeypatch):
     return total, {name: p.grad for name, p in policy.model.named_parameters()}, bounded
 
 
-def loss_of_trl(start, args, several, passes, out, **special):
+def loss_of_trl(start, args, level, several, passes, out, **special):
     """(loss, {name: gradient}) of GRPOTrainer. passes: gradient accumulation steps."""
     from datasets import Dataset
 
@@ -134,7 +136,7 @@ def loss_of_trl(start, args, several, passes, out, **special):
     config = trl.GRPOConfig(
         output_dir=str(out), per_device_train_batch_size=len(samples) // passes, gradient_accumulation_steps=passes,
         num_iterations=2 if several else 1, num_generations=SIZE, max_completion_length=args.max_new_tokens, beta=args.kl_beta,
-        epsilon=args.clip_low, epsilon_high=args.clip_high, importance_sampling_level=args.ratio,
+        epsilon=args.clip_low, epsilon_high=args.clip_high, importance_sampling_level=level,
         scale_rewards="group" if args.normalize_std else "none", temperature=args.temperature,
         use_bias_correction_kl=False, vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=args.tis_cap or 2.0, bf16=False, gradient_checkpointing=False, use_cpu=True,
@@ -168,10 +170,10 @@ CASES = [
     for beta in (0.0, 0.3)
 ]
 for several in (False, True):
-    CASES += [{"loss_type": form, "several": several, "tis_cap": 1.3} for form in AVERAGE]
+    CASES += [{"loss_type": form, "several": several, "tis_cap": 1.3} for form in FORK]
     CASES += [{"loss_type": form, "several": several, "passes": 4} for form in ("grpo", "dapo", "dr_grpo")]
 CASES += [{"loss_type": "grpo", "several": True, "ratio": "sequence", "tis_cap": 1.3, "kl_beta": 0.3}]
-CASES += [{"loss_type": form, "several": True, "normalize_std": True} for form in AVERAGE]
+CASES += [{"loss_type": form, "several": True, "normalize_std": True} for form in FORK]
 CASES += [{"loss_type": form, "several": True, "temperature": 0.7, "kl_beta": 0.3} for form in ("grpo", "dapo")]
 
 
@@ -179,11 +181,13 @@ CASES += [{"loss_type": form, "several": True, "temperature": 0.7, "kl_beta": 0.
 def test_grpo_equals_trl(start, case, tmp_path, monkeypatch):
     case = {"passes": 1} | case
     form, several, passes = case.pop("loss_type"), case.pop("several"), case.pop("passes")
-    clip = {"clip_low": 0.03, "clip_high": 0.05} if case.get("ratio") == "sequence" else {}
+    level = case.pop("ratio", "token")
+    script = forked(*FORK[form], *(["gspo"] if level == "sequence" else []))
+    clip = {"clip_low": 0.03, "clip_high": 0.05} if level == "sequence" else {}
     packing = {"tokens_per_microbatch": 8192 if passes == 1 else 50}
-    args = dataclasses.replace(MAIN, average=AVERAGE[form], **clip, **packing, **case)
-    loss, gradient, (below, above, capped) = loss_of_ours(start, args, several, monkeypatch)
-    loss_trl, gradient_trl = loss_of_trl(start, args, several, passes, tmp_path, loss_type=form)
+    args = dataclasses.replace(MAIN, **clip, **packing, **case)
+    loss, gradient, (below, above, capped) = loss_of_ours(start, script, args, several, monkeypatch)
+    loss_trl, gradient_trl = loss_of_trl(start, args, level, several, passes, tmp_path, loss_type=form)
     assert (min(below, above) >= 5) if several else (below == above == 0)
     assert capped >= 5 or not args.tis_cap
     assert loss == pytest.approx(loss_trl, rel=1e-5, abs=5e-8)  # grpo's first is 0: advantages add up to that
