@@ -1,10 +1,10 @@
-"""Rows → chat template → token sequences → microbatches. What every script shares, and nothing else.
+"""Rows → chat template → token sequences → microbatches. What every script shares, and nothing else. From the top:
 
-    load_rows      a file or Hub data set, checked row by row            `Rows`: token ids, masks, what was left out
-    ChatFormat     messages → token ids and the mask of trained tokens, in one function
-    batch_indices  which rows make up a step: a pure function of (rows, seed, step)
-    deal           rows → microbatches → ranks; balanced; never changes the loss
-    pack           the sequences of a microbatch → tensors, with the only shift between states and targets
+    batches         batch_indices: which rows make up a step → deal: who gets which → Rows.sequences → pack: tensors
+    chat templates  encoders: a row → a token sequence, checked; ChatFormat: messages → ids and mask, in one function
+    reading rows    load_rows: files and Hub data sets → `Rows`, checked row by row; what is left out is counted
+
+A row comes the other way: it is read at the bottom, encoded in the middle, and packed at the top.
 
 A *sequence* is token ids and, for each, whether it is trained on. A *microbatch* is T tokens that hold S sequences end
 to end. Nothing is padded.
@@ -55,24 +55,103 @@ class DataError(RunError):
 
     def __str__(self):
         path, row, message = self.args
-        return f"{path}: {message}" if row is None else f"{path}, row {row}: {message}"
+        if row is None:
+            return f"{path}: {message}"
+        return f"{path}, row {row}: {message}"
 
 
 class Skip(Exception):
     """Raised by an encoder for a row that is left out, with the reason; counted and printed, never silent."""
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def batch_indices(num_rows, batch_size, seed, step, total_rows):
+    """Rows of one optimizer step (numbered from 0), in the endless stream of epochs, each shuffled by (seed, epoch).
+
+    The stream is cut at `total_rows` rows, so the last batch of a run may be smaller. Returns (B,) int array.
+    """
+    start = step * batch_size
+    end = min(start + batch_size, total_rows)
+    return stream(num_rows, seed, range(start, end))
+
+
+def stream(num_rows, seed, positions):
+    """The rows at some positions of that stream, (B,) int array."""
+    rows = []
+    for position in positions:
+        epoch, place = divmod(position, num_rows)
+        rows.append(_permutation(num_rows, seed, epoch)[place])
+    return np.array(rows, dtype=np.int64)
+
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _permutation(num_rows, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def deal(lengths, tokens_per_microbatch, world_size=1):
+    """Packs sequences into microbatches and deals them to ranks, the same number to each.
+
+    Longest first, each sequence goes to the microbatch with the fewest tokens; the number of microbatches grows until
+    all fit. A sequence longer than the budget gets a microbatch of its own. How sequences are grouped cannot change the
+    loss, which is divided by counts over the whole batch.
+
+    Args:
+        lengths: (N,) tokens in each sequence.
+        tokens_per_microbatch: the budget; 1 means one sequence each.
+        world_size: number of ranks.
+
+    Returns:
+        per rank a list of microbatches, each a list of positions in `lengths`; the same length for every rank. A
+        microbatch may be empty when there are fewer sequences than places. In each, the longest come first.
+    """
+    lengths = np.asarray(lengths)
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    sizes = lengths.tolist()
+    fewest = _fewest_microbatches(lengths, tokens_per_microbatch)
+    per_rank = max(1, math.ceil(fewest / world_size))
+    while True:
+        microbatches = _fill(sizes, longest_first, per_rank * world_size, tokens_per_microbatch)
+        if microbatches is not None:
+            return [microbatches[rank::world_size] for rank in range(world_size)]
+        per_rank += max(1, per_rank // 100)  # a hundredth more, so that a million sequences take few attempts
+
+
+def _fewest_microbatches(lengths, budget):
+    """A lower bound on the number of microbatches: where `deal` begins, to save attempts."""
+    fewest = np.minimum(lengths, budget).sum() / budget
+    for k in range(1, 9):  # at most k sequences longer than budget / (k + 1) share a microbatch
+        long = np.sum(lengths * (k + 1) > budget)
+        fewest = max(fewest, long / k)
+    return fewest
+
+
+def _fill(sizes, longest_first, count, budget):
+    """`count` microbatches, lists of positions in `sizes`; None if that is too few."""
+    microbatches = [[] for _ in range(count)]
+    heap = [(0, m) for m in range(count)]  # (tokens, microbatch), the emptiest on top
+    for i in longest_first:
+        tokens, m = heap[0]
+        if tokens and tokens + sizes[i] > budget:
+            return None  # not even the emptiest has room
+        microbatches[m].append(i)
+        heapq.heapreplace(heap, (tokens + sizes[i], m))
+    return microbatches
 
 
 @dataclass
 class Rows:
-    """Encoded rows of all sources, mixed, with an account of what was left out.
+    """Encoded rows of all sources, mixed, with an account of what was left out. Made by `load_rows`.
 
     Attributes:
         table: the encoder's columns, plus `source` and `row` (where each came from). One entry a kept row.
-        sources: names of the sources. lengths: (N,) tokens in each row; trained: (N,) trained tokens in each row.
-        report: lines that say what was read, kept, skipped and noted. fingerprint: hash of all that was encoded.
+        sources: names of the sources.
+        lengths: (N,) int, tokens in each row (of a pair: in both sequences).
+        trained: (N,) int, *how many* tokens of each row have a target; the mask itself is in `sequences`.
+        report: lines that say what was read, kept, skipped and noted.
+        fingerprint: hash of all that was encoded.
     """
 
     table: datasets.Dataset
@@ -91,212 +170,277 @@ class Rows:
         return f"{self.sources[entry['source']]}, row {entry['row']}"
 
     def sequences(self, indices):
-        """[(input_ids (L,), trained (L,)), ...] of the rows at `indices`. A pair is two: chosen, then rejected."""
-        columns = {"input_ids", "trained", "chosen_length"} & set(self.table.column_names)
-        batch = self.table.with_format("numpy", columns=sorted(columns))[list(indices)]
-        whole = list(zip(batch["input_ids"], batch["trained"], strict=True))
-        if "chosen_length" not in batch:
-            return whole
-        pairs = zip(whole, batch["chosen_length"], strict=True)
-        return [part for (ids, mask), n in pairs for part in ((ids[:n], mask[:n]), (ids[n:], mask[n:]))]
+        """[(input_ids (L,), trained (L,) bool), ...] of the rows at `indices`. A pair is two: chosen, then rejected."""
+        columns = ["input_ids", "trained"]
+        if "chosen_length" in self.table.column_names:
+            columns.append("chosen_length")
+        batch = self.table.with_format("numpy", columns=columns)[list(indices)]
+        if "chosen_length" not in columns:
+            return list(zip(batch["input_ids"], batch["trained"], strict=True))
+        sequences = []
+        for ids, mask, cut in zip(batch["input_ids"], batch["trained"], batch["chosen_length"], strict=True):
+            sequences.append((ids[:cut], mask[:cut]))
+            sequences.append((ids[cut:], mask[cut:]))
+        return sequences
 
 
-def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
-    """Reads, encodes and mixes data sources.
+def pack(sequences, device, *extras):
+    """Makes a microbatch of [(input_ids (L,), trained (L,)), ...]; of no sequences, one token that trains nothing.
 
-    The encoded rows are cached on disk by `datasets`, under a hash of the file, the encoder's settings and this file's
-    source. One process a node encodes (with many workers when there is much to do), the others read its cache.
-
-    Args:
-        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl, .json or .parquet file or a Hub id (`name`,
-            `name@split`, `name/config@split`). AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes
-            each twice) or a count ("1000"); which rows depends on the seed.
-        encode: picklable callable with a `key` (str) that changes with its settings. Takes a row (dict), returns
-            a dict with at least `input_ids`, `trained` (lists of one length) and `notes` (list of str, counted in
-            the report). Raises Skip to leave the row out and ValueError to reject the data.
-        max_skip_frac: largest accepted share of skipped rows.
+    This is the only place where states and targets are shifted: targets[t] = input_ids[t+1]. Numbers of a token that
+    are needed where it is predicted, (L,) arrays behind `trained` in each sequence, named by `extras`, shift with it;
+    they are 0 where nothing is trained.
 
     Raises:
-        DataError: unreadable source, a rejected row, nothing left, or too many rows skipped.
+        ValueError: a sequence has more or fewer arrays than `extras` has names.
     """
-    tables, names, report = [], [], []
-    for number, spec in enumerate(sources):
-        name, amount = _split_amount(spec)
-        raw, numbers = _read(name)
-        if not len(raw):
-            raise DataError(name, None, "the data set is empty")
-        order = _choose(len(raw), amount, np.random.default_rng([seed, number]), spec)
-        chosen = np.unique(order)
-        table = _encode_cached(raw.select(chosen), numbers[chosen], name, encode)
-        table = table.add_column("source", [number] * len(table))
-        report += _account(name, table, max_skip_frac)
-        kept = np.array(table["skip"][:]) == ""
-        mixed = np.searchsorted(chosen, order)  # rows of the source → rows of `table`
-        tables.append(table.select(mixed[kept[mixed]]))
-        names.append(name)
-    table = datasets.concatenate_datasets(tables)
-    digest = hashlib.sha256()
-    lengths, trained = [], []
-    others = [column for column in encode.features if column not in ("input_ids", "trained")]
-    for batch in table.select_columns(list(encode.features)).with_format("numpy").iter(1000):
-        for ids, mask, *rest in zip(batch["input_ids"], batch["trained"], *(batch[c] for c in others), strict=True):
-            digest.update(ids.tobytes() + mask.tobytes() + "".join(map(str, rest)).encode())
-            lengths.append(len(ids))
-            trained.append(int(mask[1:].sum()))  # no state precedes the first token
-    return Rows(table, names, np.array(lengths), np.array(trained), report, digest.hexdigest()[:16])
+    if not sequences:
+        no_numbers = [np.zeros(1) for _ in extras]
+        sequences = [(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), *no_numbers)]
+    ids, masks, *numbers = zip(*sequences, strict=True)  # each over all sequences; of `numbers` one for each extra
+    lengths = [len(array) for array in ids]
+
+    def tensor(arrays, dtype):
+        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+
+    shifted = {}
+    for name, arrays in zip(extras, numbers, strict=True):
+        shifted[name] = tensor(_shift(arrays, masks, fill=0), np.float32)
+    return Microbatch(
+        input_ids=tensor(ids, np.int64),
+        position_ids=tensor([np.arange(length) for length in lengths], np.int64),
+        cu_seqlens=tensor([[0], np.cumsum(lengths)], np.int32),
+        max_length=max(lengths),
+        targets=tensor(_shift(ids, masks, fill=IGNORE), np.int64),
+        extras=shifted,
+    )
 
 
-def _split_amount(spec):
-    match = re.fullmatch(r"(.+?)(?::(\d+|\d*\.\d+|\d+\.))?", spec, re.DOTALL)
-    if not match:
-        raise DataError(repr(spec), None, "an empty data source")
-    return match.groups()
+def _shift(arrays, masks, fill):
+    """What stands at a trained token moves to the state before it, which predicts it; `fill` everywhere else."""
+    shifted = []
+    for array, mask in zip(arrays, masks, strict=True):
+        behind = np.where(mask[1:], array[1:], fill)
+        shifted.append(np.append(behind, fill))  # nothing follows the last state
+    return shifted
 
 
-def _choose(count, amount, rng, spec):
-    """Row numbers (from 0) that SOURCE:AMOUNT stands for, in file order where every row is taken once."""
-    total = count if amount is None else round(float(amount) * count) if "." in amount else int(amount)
-    if total == 0:
-        raise DataError(spec, None, f"this amount selects none of the {count} rows")
-    if total == count:
-        return np.arange(count)
-    repeats = [rng.permutation(count) for _ in range(-(-total // count))]
-    return np.concatenate(repeats)[:total]
+@dataclass
+class Microbatch:
+    """T tokens that hold S sequences end to end; position t holds the state that predicts targets[t].
+
+    Attributes:
+        input_ids: (T,) int64.
+        position_ids: (T,) int64, from 0 in each sequence.
+        cu_seqlens: (S+1,) int32, where each sequence begins, and T.
+        max_length: longest sequence, in tokens.
+        targets: (T,) int64, the next token where it is trained on, otherwise -100.
+        extras: {name: (T,) float32}, other numbers of the tokens, where their targets are.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
+    targets: torch.Tensor
+    extras: dict
+
+    def model_inputs(self):
+        """Keyword arguments for a transformers model with packed attention."""
+        return {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.position_ids[None],
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
+            "use_cache": False,
+        }
 
 
-def read_rows(source):
-    """Yields (row number, row) of one SOURCE, unencoded. Raises DataError."""
-    raw, numbers = _read(source)
-    for number, row in zip(numbers, raw, strict=True):
-        yield int(number), _decode_row(row, source, int(number))
+# --------------------------------------------------------------------------------------------------- chat templates
+
+TOO_LONG = "longer than --max_length"
 
 
-def _read(name):
-    """The raw rows of one source, and their numbers in it. Rows of JSON files have one column, JSON: their text."""
-    path = Path(name)
-    try:
-        if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size:
-            # As lines of text, so that line numbers hold and no value is coerced to its column's type.
-            with open(path, "rb") as file:
-                version = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # an edit shows, whatever its time
-            raw = datasets.load_dataset("text", name=version, data_files=glob.escape(str(path)), split="train")
-            numbers = np.array([i for i, line in enumerate(raw["text"]) if line.strip()], dtype=np.int64)
-            return raw.select(numbers).rename_column("text", JSON), numbers + 1
-        if path.suffix in (".json", ".jsonl"):
-            content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size else []
-            if not isinstance(content, list):
-                raise DataError(name, None, f"expected a JSON list of rows, found {_kind(content)}; one object a line?")
-            raw = datasets.Dataset.from_dict({JSON: [json.dumps(row) for row in content]})
-        elif path.suffix == ".parquet":
-            raw = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-        else:
-            repository, _, split = name.partition("@")
-            owner_and_name, config = repository.split("/")[:2], "/".join(repository.split("/")[2:])
-            raw = datasets.load_dataset("/".join(owner_and_name), config or None, split=split or "train")
-        return raw, np.arange(1, len(raw) + 1)
-    except json.JSONDecodeError as error:
-        raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(name, *_why_unreadable(path, error)) from None
+class Encoder:
+    """What encoders (row → token sequences, for `load_rows`) share: their settings.
+
+    Args:
+        chat: the ChatFormat. vocab_size: rows of the model's embedding, which every id must be below.
+        max_length: longest sequence, in tokens. overlong: "truncate" longer ones (counted) or "drop" them (counted).
+    """
+
+    features = {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "trained": datasets.List(datasets.Value("bool")),
+    }
+
+    def __init__(self, chat, vocab_size, max_length, overlong):
+        self.chat = chat
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self.overlong = overlong
+        self.key = json.dumps([type(self).__name__, chat.key, vocab_size, max_length, overlong])
 
 
-def _why_unreadable(path, error):
-    if path.suffix and not path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
-        return None, "no such file"
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as bad:
-                return number, f"column {bad.start + 1}: not valid UTF-8"
-    return None, f"cannot be read: {(str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]}"
+class SftEncoder(Encoder):
+    """Row {messages, tools?} → one sequence, in which every assistant turn is trained on."""
+
+    def __call__(self, row):
+        """Raises ValueError and Skip."""
+        _check_fields(row, "messages")
+        messages = row["messages"]
+        check_messages(messages)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError("messages has no assistant turn: there is nothing to train on")
+        ids, trained, notes = encode_conversation(self, messages, parse_tools(row))
+        return {"input_ids": ids, "trained": trained, "notes": notes}
 
 
-def _encode_cached(raw, numbers, name, encode):
-    """Maps `encode` over raw rows; a skipped row keeps its place, with the reason in the column `skip`."""
-    key = json.dumps([raw._fingerprint, encode.key, name, Path(__file__).read_text(encoding="utf-8")])
-    key = hashlib.sha256(key.encode()).hexdigest()[:32]
-    workers = min(os.cpu_count() or 1, len(raw) // 5000)
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{key}.lock"):  # the first process on the node encodes, the others find its cache
-        return raw.map(
-            _encode_row,
-            with_indices=True,
-            cache_file_name=str(cache / f"{key}.arrow"),
-            fn_kwargs={"numbers": numbers, "name": name, "encode": encode},
-            remove_columns=raw.column_names,
-            features=datasets.Features(encode.features | _ROW_FEATURES),
-            num_proc=workers if workers > 1 else None,
-            new_fingerprint=key,
-        )
+class PairEncoder(Encoder):
+    """Row {chosen, rejected, prompt?, tools?, margin?, subset?} → two sequences end to end, last answers trained.
+
+    `chosen` and `rejected` are whole conversations that differ in the last assistant turn, or, with a `prompt`
+    (messages, or a string: one user message), just answers (an assistant message in a list, or a string).
+    """
+
+    features = {
+        **Encoder.features,
+        "chosen_length": datasets.Value("int32"),
+        "margin": datasets.Value("float32"),
+        "subset": datasets.Value("string"),
+    }
+
+    def __call__(self, row):
+        """Raises ValueError and Skip."""
+        chosen = self._conversation(row, "chosen")
+        rejected = self._conversation(row, "rejected")
+        if chosen[:-1] != rejected[:-1]:
+            raise Skip("chosen and rejected differ before their last turn")
+        tools = parse_tools(row)
+        margin = row.get("margin", 0.0)
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise ValueError(f"margin is {margin!r}, expected a finite number")
+        subset = row.get("subset", "")
+        if not isinstance(subset, str):
+            raise ValueError(f"subset is {_kind(subset)}, expected a string")
+        ids, trained, notes = encode_conversation(self, chosen, tools, last_turn_only=True)
+        rejected_ids, rejected_trained, rejected_notes = encode_conversation(self, rejected, tools, last_turn_only=True)
+        if ids == rejected_ids:
+            if chosen == rejected:
+                raise Skip("chosen and rejected are the same")
+            raise Skip("chosen and rejected are the same within --max_length")
+        return {
+            "input_ids": ids + rejected_ids,
+            "trained": trained + rejected_trained,
+            "chosen_length": len(ids),
+            "margin": margin,
+            "subset": subset,
+            "notes": sorted({*notes, *rejected_notes}),
+        }
+
+    @staticmethod
+    def _conversation(row, field):
+        """The whole conversation with `field`'s answer."""
+        answer = row.get(field)
+        prompt = row.get("prompt")
+        if answer is None:
+            raise ValueError(f"{field} is missing or null; the row has {_fields_of(row)}")
+        if isinstance(answer, str):
+            if prompt is None:
+                raise ValueError(f"{field} is a string, so the row needs a field 'prompt'")
+            answer = [{"role": "assistant", "content": answer}]
+        check_messages(answer, field)
+        first = answer[0]["role"]
+        last = answer[-1]["role"]
+        if last != "assistant":
+            raise ValueError(f"{field} ends with a {last} message, expected the assistant's answer")
+        if first in ("system", "user"):
+            return answer  # a whole conversation already; a prompt beside it is a copy
+        if prompt is None:
+            raise ValueError(f"{field} begins with a {first} message, so the row needs a field 'prompt'")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        check_messages(prompt, "prompt")
+        return [*prompt, *answer]
 
 
-JSON = "\ufdd0 JSON"  # a column that no data set has
-_ROW_FEATURES = {
-    "notes": datasets.List(datasets.Value("string")),
-    "skip": datasets.Value("string"),
-    "row": datasets.Value("int64"),
-}
+class PromptEncoder(Encoder):
+    """Row {messages, dataset, ground_truth, weights?, tools?} → the prompt, and as JSON what an answer is judged by.
+
+    A last assistant turn is left out of the prompt. `max_length` is that of prompts, and longer ones are dropped: a
+    truncated question is another one. `overlong` is not used.
+    """
+
+    features = {**Encoder.features, "job": datasets.Value("string")}
+
+    def __call__(self, row):
+        """Raises ValueError and Skip."""
+        _check_fields(row, "messages", "dataset", "ground_truth")
+        messages = row["messages"]
+        tools = parse_tools(row)
+        check_messages(messages)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
+            raise ValueError("messages has no question: a prompt ends with a user's or a tool's message")
+        ids = self.chat.prompt(messages, tools)
+        if max(ids) >= self.vocab_size:
+            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+        if len(ids) > self.max_length:
+            raise Skip(TOO_LONG)
+        job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
+        return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
 
 
-def _decode_row(raw, name, number):
-    try:
-        row = _without_nulls(dict(raw))
-        if JSON in row:
-            row = json.loads(row[JSON])
-            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate ends here
-        if not isinstance(row, dict):
-            raise ValueError(f"expected an object, found {_kind(row)}")
-        return row
-    except json.JSONDecodeError as error:
-        raise DataError(name, number, f"column {error.colno}: not valid JSON: {error.msg}") from None
-    except UnicodeEncodeError as error:
-        raise DataError(name, number, f"lone surrogate {error.object[error.start]!a} is not text") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(name, number, str(error)) from None
+def _check_fields(row, *fields):
+    for field in fields:
+        if field not in row:
+            raise ValueError(f"no field {field!r}; the row has {_fields_of(row)}")
 
 
-def _encode_row(raw, index, numbers, name, encode):
-    number = int(numbers[index])
-    empty = dict.fromkeys(encode.features) | {"notes": [], "row": number}
-    row = _decode_row(raw, name, number)
-    try:
-        return empty | encode(row) | {"skip": ""}
-    except Skip as reason:
-        return empty | {"skip": str(reason)}
-    except (ValueError, RecursionError) as error:
-        raise DataError(name, number, str(error)) from None
+def _fields_of(row):
+    return ", ".join(repr(field) for field in row) or "no fields"
 
 
-def _without_nulls(value):
-    """Columns of one type fill what a row does not have with null: tool calls would get everybody's arguments."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+def check_messages(messages, field="messages"):
+    """Checks one conversation. Returns None.
+
+    Raises:
+        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, no user.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"{field} is {_kind(messages)}, expected a list of {{role, content}}")
+    if not messages:
+        raise ValueError(f"{field} is empty")
+    for i, message in enumerate(messages):
+        at = f"{field}[{i}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{at} is {_kind(message)}, expected an object with role and content")
+        role = message.get("role")
+        content = message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"{at}.role is {role!r}, expected one of {', '.join(ROLES)}")
+        if content is None and not (role == "assistant" and message.get("tool_calls")):
+            raise ValueError(f"{at}.content is {'null' if 'content' in message else 'missing'}")
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{at}.content is {_kind(content)}, expected a string")
+        if role == "user" and not content.strip():
+            raise ValueError(f"{at}.content is empty: a prompt needs text")
 
 
-def _account(name, table, max_skip_frac):
-    """Report lines for one source; raises if nothing, or too little, is left."""
-    skips, notes, first = Counter(), Counter(), {}
-    for entry in table.select_columns(["skip", "notes", "row"]):
-        for counter, texts in ((skips, [entry["skip"]] if entry["skip"] else []), (notes, entry["notes"])):
-            counter.update(texts)
-            for text in texts:
-                first.setdefault(text, entry["row"])
-    read, skipped = len(table), sum(skips.values())
-    lines = [f"{name}: {read} rows read, {read - skipped} kept"]
-    lines += [f"  {count} skipped: {text} (first: row {first[text]})" for text, count in skips.most_common()]
-    lines += [f"  {count} {text} (first: row {first[text]})" for text, count in notes.most_common()]
-    reasons = "; ".join(f"{count} × {text}, first at row {first[text]}" for text, count in skips.most_common())
-    if read == skipped:
-        raise DataError(name, None, f"0 of {read} rows usable ({reasons})")
-    limited = skipped - skips[TOO_LONG]  # dropping long rows was asked for
-    if limited > max_skip_frac * read:
-        raise DataError(name, None, f"{limited} of {read} rows skipped, more than --max_skip_frac allows ({reasons})")
-    return lines
+def parse_tools(row):
+    """The `tools` of a row, a list of JSON schemas (or a JSON string of one) or None. Raises ValueError if neither."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tools, column {error.colno}: not valid JSON: {error.msg}") from None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools is {_kind(tools)}, expected a list of JSON schemas")
+    return tools or None
 
 
 def _kind(value):
@@ -304,48 +448,37 @@ def _kind(value):
     return names.get(type(value), "a number")
 
 
-# --------------------------------------------------------------------------------------------------- chat templates
-
-TOO_LONG = "longer than --max_length"
-
-TEMPLATES = Path(__file__).parent / "chat_templates"
-
 # Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
 BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
-def load_tokenizer(path, chat_template=None):
-    """The tokenizer of a model, with its chat template settled.
+def encode_conversation(encoder, messages, tools, last_turn_only=False):
+    """(input_ids, trained, notes), three lists, of one checked conversation, by the settings of an Encoder.
 
-    Args:
-        path: model folder or Hub id.
-        chat_template: "tulu", "chatml", a Jinja file, or None for the tokenizer's own.
-
-    Raises:
-        RunError: no such tokenizer, file or template, or a tokenizer without a fast (Rust) implementation.
+    Raises ValueError and Skip.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"model {path}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from None
-    if not tokenizer.is_fast:
-        raise RunError(f"model {path}: its tokenizer has no fast implementation, which character offsets need")
-    if chat_template is not None:
-        file = next((f for f in (TEMPLATES / f"{chat_template}.jinja", Path(chat_template)) if f.is_file()), None)
-        if not file:
-            builtin = ", ".join(sorted(f.stem for f in TEMPLATES.glob("*.jinja")))
-            raise RunError(f"--chat_template {chat_template}: neither a file nor one of {builtin}")
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-        try:
-            template = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"--chat_template {chat_template}: {error}") from None
-        tokenizer.chat_template = template.replace("{{ bos }}", "{{ bos_token }}" * adds_bos)
-    if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if not tokenizer.chat_template:
-        raise RunError(f"model {path}: its tokenizer has no chat template; choose one with --chat_template")
-    return tokenizer
+    for message in messages:
+        is_blank = not (message.get("content") or "").strip()
+        if message["role"] == "assistant" and is_blank and not message.get("tool_calls"):
+            raise Skip("an assistant turn is empty")
+    ids, mask = encoder.chat.encode(messages, tools, last_turn_only)
+    if max(ids) >= encoder.vocab_size:
+        raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {encoder.vocab_size}")
+    notes = []
+    if len(ids) > encoder.max_length:
+        if encoder.overlong == "drop":
+            raise Skip(TOO_LONG)
+        ids = ids[: encoder.max_length]
+        mask = mask[: encoder.max_length]
+        notes.append("truncated to --max_length")
+    if not mask[1:].any():  # the first token has no state before it to predict it from
+        raise Skip("no trained token within --max_length")
+    if encoder.chat.has_control_text(messages, tools):
+        notes.append("with control strings in content, kept as text")
+    tokenizer = encoder.chat.tokenizer
+    if tokenizer.unk_token_id in ids:
+        notes.append(f"with characters the tokenizer does not know (they become {tokenizer.unk_token})")
+    return ids, mask.tolist(), notes
 
 
 class ChatFormat:
@@ -354,9 +487,13 @@ class ChatFormat:
     Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text. A *control
     string* is an added token that is special, or part of the template, or not in the tokenizer's own vocabulary
     (`<|im_end|>`, `<think>`; not runs of spaces or the HTML tags that some tokenizers hold as ordinary entries).
-    How: content is shielded, with a BREAK in every control string and wherever a neighbour could complete one, and
-    rendered; every control string left whole is the template's, and is bracketed by OPEN and CLOSE; the breaks are
-    taken out; and a copy of the tokenizer that knows the control strings only in brackets encodes the text in one go.
+
+    The idea:
+        1. Shield the content: a BREAK goes into every control string, and wherever a neighbour could complete one.
+        2. Render it. Every control string that is whole now is the template's own.
+        3. Put those between OPEN and CLOSE, and take the BREAKs out again.
+        4. Encode the text in one go, with a copy of the tokenizer that knows control strings only between brackets.
+        5. A token is trained on if its first character lies in an assistant turn of the rendered text.
 
     Args:
         tokenizer: fast tokenizer with a chat template (`load_tokenizer`).
@@ -373,27 +510,40 @@ class ChatFormat:
         self.content_tokens = tuple(content_tokens)
         self.marks_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.template))
         settings = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocabulary = settings["model"]["vocab"]
-        vocabulary = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
         added = {entry["content"]: entry for entry in settings["added_tokens"]}
-        controls = {
-            text
-            for text, entry in added.items()
-            if text.strip() and (entry["special"] or text in self.template or text not in vocabulary)
-        }
-        if unknown := [token for token in self.content_tokens if token not in controls]:
+        controls = self._find_controls(settings, added)
+        unknown = [token for token in self.content_tokens if token not in controls]
+        if unknown:
             raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
         self.end_tokens = tuple(text for text in controls if added[text]["special"] or text == tokenizer.eos_token)
-        alternatives = "|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True)) or "(?!)"
-        self.control = re.compile(alternatives)
-        self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)
-        self.heads = {text[:i] for text in controls for i in range(1, len(text))}
-        self.tails = {text[i:] for text in controls for i in range(1, len(text))}
-        self.parts = {text[i:j] for text in controls for j in range(1, len(text) + 1) for i in range(j)}
-        self.longest = max(map(len, controls), default=0)
+        self._prepare_search(controls)
         self._bracket_controls(settings, added, controls)
         self.key = json.dumps([settings, self.template, tokenizer.special_tokens_map, self.content_tokens])
         self._check_template()
+
+    def _find_controls(self, settings, added):
+        """Set of control strings."""
+        vocabulary = settings["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            words = set(vocabulary)
+        else:  # [word, score] each
+            words = {entry[0] for entry in vocabulary}
+        controls = set()
+        for text, entry in added.items():
+            if text.strip() and (entry["special"] or text in self.template or text not in words):
+                controls.add(text)
+        return controls
+
+    def _prepare_search(self, controls):
+        """What finds control strings in text, whole ones and their parts."""
+        longest_first = sorted(controls, key=len, reverse=True)
+        alternatives = "|".join(re.escape(text) for text in longest_first) or "(?!)"  # (?!) matches nothing
+        self.control = re.compile(alternatives)
+        self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)  # overlapping ones too, by first character
+        self.longest = max(map(len, controls), default=0)
+        self.heads = {text[:i] for text in controls for i in range(1, len(text))}
+        self.tails = {text[i:] for text in controls for i in range(1, len(text))}
+        self.parts = {text[i:j] for text in controls for j in range(1, len(text) + 1) for i in range(j)}
 
     def _bracket_controls(self, settings, added, controls):
         """Builds `self.encoder`, which knows a control string only in brackets, and `self.ids`, back to real ids."""
@@ -408,9 +558,9 @@ class ChatFormat:
             model["merges"] = [[a, b] for a, b in pairs if controls.isdisjoint((a, b, a + b))]
         if model.get("unk_token"):
             model["unk_token"] = rename.get(model["unk_token"], model["unk_token"])
-        entries = [entry | {"content": rename[entry["content"]]} for entry in added.values()]
+        entries = [{**entry, "content": rename[entry["content"]]} for entry in added.values()]
         plain = {"post_processor": None, "truncation": None, "padding": None}
-        self.encoder = Tokenizer.from_str(json.dumps(settings | plain | {"model": model, "added_tokens": entries}))
+        self.encoder = Tokenizer.from_str(json.dumps({**settings, **plain, "model": model, "added_tokens": entries}))
         self.ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
 
     def encode(self, messages, tools=None, last_turn_only=False):
@@ -458,7 +608,7 @@ class ChatFormat:
         for message in messages:
             allowed = {"content": self.content_tokens} if message["role"] == "assistant" else {}
             fields = {k: self._shield(v, k, allowed.get(k, ()), edges) for k, v in message.items()}
-            shown.append(fields | {"role": message["role"]})
+            shown.append({**fields, "role": message["role"]})
         return shown
 
     def _shield(self, value, key="", allowed=(), edges=True):
@@ -583,188 +733,68 @@ class ChatFormat:
         self.end_of_turn = ids[int(np.flatnonzero(trained)[-1])]  # the id on which generation has to stop
 
 
-def check_messages(messages, field="messages"):
-    """Checks one conversation. Returns None.
-
-    Raises:
-        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, no user.
-    """
-    if not isinstance(messages, list):
-        raise ValueError(f"{field} is {_kind(messages)}, expected a list of {{role, content}}")
-    if not messages:
-        raise ValueError(f"{field} is empty")
-    for i, message in enumerate(messages):
-        at = f"{field}[{i}]"
-        if not isinstance(message, dict):
-            raise ValueError(f"{at} is {_kind(message)}, expected an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{at}.role is {role!r}, expected one of {', '.join(ROLES)}")
-        if content is None and not (role == "assistant" and message.get("tool_calls")):
-            raise ValueError(f"{at}.content is {'null' if 'content' in message else 'missing'}")
-        if content is not None and not isinstance(content, str):
-            raise ValueError(f"{at}.content is {_kind(content)}, expected a string")
-        if role == "user" and not content.strip():
-            raise ValueError(f"{at}.content is empty: a prompt needs text")
+TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
-def parse_tools(row):
-    """The `tools` of a row, a list of JSON schemas (or a JSON string of one) or None. Raises ValueError if neither."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"tools, column {error.colno}: not valid JSON: {error.msg}") from None
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"tools is {_kind(tools)}, expected a list of JSON schemas")
-    return tools or None
-
-
-class Encoder:
-    """What encoders (row → token sequences, for `load_rows`) share: their settings, and the checks on a conversation.
+def load_tokenizer(path, chat_template=None):
+    """The tokenizer of a model, with its chat template settled.
 
     Args:
-        chat: the ChatFormat. vocab_size: rows of the model's embedding, which every id must be below.
-        max_length: longest sequence, in tokens. overlong: "truncate" longer ones (counted) or "drop" them (counted).
+        path: model folder or Hub id.
+        chat_template: "tulu", "chatml", a Jinja file, or None for the tokenizer's own.
+
+    Raises:
+        RunError: no such tokenizer, file or template, a Hub that cannot be reached, or a tokenizer without a fast
+            (Rust) implementation.
     """
-
-    features = {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "trained": datasets.List(datasets.Value("bool")),
-    }
-
-    def __init__(self, chat, vocab_size, max_length, overlong):
-        self.chat, self.vocab_size, self.max_length, self.overlong = chat, vocab_size, max_length, overlong
-        self.key = json.dumps([type(self).__name__, chat.key, vocab_size, max_length, overlong])
-
-    def encode(self, messages, tools, last_turn_only=False):
-        """(input_ids, trained, notes) of one checked conversation. Raises ValueError and Skip."""
-        turns = [message for message in messages if message["role"] == "assistant"]
-        if any(not (turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in turns):
-            raise Skip("an assistant turn is empty")
-        ids, trained = self.chat.encode(messages, tools, last_turn_only)
-        notes = []
-        if max(ids) >= self.vocab_size:
-            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
-        if len(ids) > self.max_length:
-            if self.overlong == "drop":
-                raise Skip(TOO_LONG)
-            ids, trained = ids[: self.max_length], trained[: self.max_length]
-            notes.append("truncated to --max_length")
-        if not trained[1:].any():  # the first token has no state before it to predict it from
-            raise Skip("no trained token within --max_length")
-        if self.chat.has_control_text(messages, tools):
-            notes.append("with control strings in content, kept as text")
-        if self.chat.tokenizer.unk_token_id in ids:
-            notes.append(f"with characters the tokenizer does not know (they become {self.chat.tokenizer.unk_token})")
-        return ids, trained.tolist(), notes
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of transformers, tokenizers, the Hub's client or its HTTP client: no common class
+        if Path(path).is_dir():
+            wrong = "no tokenizer could be loaded"
+        else:
+            wrong = "no such folder, and neither the Hub nor its cache gave this tokenizer"
+        raise RunError(f"model {path}: {wrong}: {first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise RunError(f"model {path}: its tokenizer has no fast implementation, which character offsets need")
+    if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template, tokenizer)
+    if not tokenizer.chat_template:
+        raise RunError(f"model {path}: its tokenizer has no chat template; choose one with --chat_template")
+    return tokenizer
 
 
-class SftEncoder(Encoder):
-    """Row {messages, tools?} → one sequence, in which every assistant turn is trained on."""
-
-    def __call__(self, row):
-        if "messages" not in row:
-            raise ValueError(f"no field 'messages'; the row has {', '.join(map(repr, row)) or 'no fields'}")
-        messages = row["messages"]
-        check_messages(messages)
-        if not any(message["role"] == "assistant" for message in messages):
-            raise ValueError("messages has no assistant turn: there is nothing to train on")
-        ids, trained, notes = self.encode(messages, parse_tools(row))
-        return {"input_ids": ids, "trained": trained, "notes": notes}
-
-
-class PairEncoder(Encoder):
-    """Row {chosen, rejected, prompt?, tools?, margin?, subset?} → two sequences end to end, last answers trained.
-
-    `chosen` and `rejected` are whole conversations that differ in the last assistant turn, or, with a `prompt`
-    (messages, or a string: one user message), just answers (an assistant message in a list, or a string).
-    """
-
-    features = Encoder.features | {
-        "chosen_length": datasets.Value("int32"),
-        "margin": datasets.Value("float32"),
-        "subset": datasets.Value("string"),
-    }
-
-    def __call__(self, row):
-        chosen, rejected = (self._conversation(row, field) for field in ("chosen", "rejected"))
-        if chosen[:-1] != rejected[:-1]:
-            raise Skip("chosen and rejected differ before their last turn")
-        tools = parse_tools(row)
-        margin, subset = row.get("margin", 0.0), row.get("subset", "")
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-            raise ValueError(f"margin is {margin!r}, expected a finite number")
-        if not isinstance(subset, str):
-            raise ValueError(f"subset is {_kind(subset)}, expected a string")
-        ids, trained, notes = self.encode(chosen, tools, last_turn_only=True)
-        rejected_ids, rejected_trained, rejected_notes = self.encode(rejected, tools, last_turn_only=True)
-        if ids == rejected_ids:
-            raise Skip("chosen and rejected are the same" + " within --max_length" * (chosen != rejected))
-        return {
-            "input_ids": ids + rejected_ids,
-            "trained": trained + rejected_trained,
-            "chosen_length": len(ids),
-            "margin": margin,
-            "subset": subset,
-            "notes": sorted({*notes, *rejected_notes}),
-        }
-
-    @staticmethod
-    def _conversation(row, field):
-        """The whole conversation with `field`'s answer."""
-        answer, prompt = row.get(field), row.get("prompt")
-        if answer is None:
-            raise ValueError(f"{field} is missing or null; the row has {', '.join(map(repr, row)) or 'no fields'}")
-        if isinstance(answer, str):
-            if prompt is None:
-                raise ValueError(f"{field} is a string, so the row needs a field 'prompt'")
-            answer = [{"role": "assistant", "content": answer}]
-        check_messages(answer, field)
-        if answer[-1]["role"] != "assistant":
-            raise ValueError(f"{field} ends with a {answer[-1]['role']} message, expected the assistant's answer")
-        if answer[0]["role"] in ("system", "user"):
-            return answer  # a whole conversation already; a prompt beside it is a copy
-        if prompt is None:
-            raise ValueError(f"{field} begins with a {answer[0]['role']} message, so the row needs a field 'prompt'")
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        check_messages(prompt, "prompt")
-        return [*prompt, *answer]
+def _read_template(name, tokenizer):
+    """The Jinja text of one of ours, or of a file. Ours begin with BOS where the tokenizer puts one before text."""
+    candidates = [TEMPLATES / f"{name}.jinja", Path(name)]
+    files = [file for file in candidates if file.is_file()]
+    if not files:
+        builtin = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
+        raise RunError(f"--chat_template {name}: neither a file nor one of {builtin}")
+    try:
+        template = files[0].read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"--chat_template {name}: {error}") from None
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a").input_ids[0] == bos:
+        return template.replace("{{ bos }}", "{{ bos_token }}")
+    return template.replace("{{ bos }}", "")
 
 
-class PromptEncoder(Encoder):
-    """Row {messages, dataset, ground_truth, weights?, tools?} → the prompt, and as JSON what an answer is judged by.
-
-    A last assistant turn is left out of the prompt. `max_length` is that of prompts, and longer ones are dropped: a
-    truncated question is another one. `overlong` is not used.
-    """
-
-    features = Encoder.features | {"job": datasets.Value("string")}
-
-    def __call__(self, row):
-        """Raises ValueError and Skip."""
-        for field in ("messages", "dataset", "ground_truth"):
-            if field not in row:
-                raise ValueError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}")
-        messages, tools = row["messages"], parse_tools(row)
-        check_messages(messages)
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages or messages[-1]["role"] not in ("user", "tool"):
-            raise ValueError("messages has no question: a prompt ends with a user's or a tool's message")
-        ids = self.chat.prompt(messages, tools)
-        if max(ids) >= self.vocab_size:
-            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
-        if len(ids) > self.max_length:
-            raise Skip(TOO_LONG)
-        job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
-        return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
+def first_line(error):
+    """What an exception says, in one line: its first, and the next where that only announces it with a colon."""
+    lines = str(error).replace(":\n", ": ").splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 def show_example(tokenizer, input_ids, trained):
     """One sequence as text for the terminal, trained tokens green and the rest grey."""
-    edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(input_ids)]
+    changes = np.flatnonzero(np.diff(trained)) + 1
+    edges = [0, *changes, len(input_ids)]
     parts = []
     for start, end in pairwise(edges):
         colour = "\033[32m" if trained[start] else "\033[90m"
@@ -772,110 +802,255 @@ def show_example(tokenizer, input_ids, trained):
     return "".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------ microbatches
+# ------------------------------------------------------------------------------------------------------ reading rows
+
+JSON = "\ufdd0 JSON"  # a column that no data set has
 
 
-@lru_cache(maxsize=2)
-def _permutation(num_rows, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
+    """Reads, encodes and mixes data sources.
 
-
-def batch_indices(num_rows, batch_size, seed, step, total_rows):
-    """Rows of one optimizer step (numbered from 0), in the endless stream of epochs, each shuffled by (seed, epoch).
-
-    The stream is cut at `total_rows` rows, so the last batch of a run may be smaller. Returns (B,) int array.
-    """
-    return stream(num_rows, seed, range(step * batch_size, min((step + 1) * batch_size, total_rows)))
-
-
-def stream(num_rows, seed, positions):
-    """The rows at some positions of that stream, (B,) int array."""
-    return np.array([_permutation(num_rows, seed, p // num_rows)[p % num_rows] for p in positions], dtype=np.int64)
-
-
-def deal(lengths, tokens_per_microbatch, world_size=1):
-    """Packs sequences into microbatches and deals them to ranks, the same number to each.
-
-    Longest first, each sequence goes to the microbatch with the fewest tokens; the number of microbatches grows until
-    all fit. A sequence longer than the budget gets a microbatch of its own. How sequences are grouped cannot change the
-    loss, which is divided by counts over the whole batch.
+    The encoded rows are cached on disk by `datasets`, under a hash of the file, the encoder's settings and this file's
+    source. One process a node encodes (with many workers when there is much to do), the others read its cache.
 
     Args:
-        lengths: (N,) tokens in each sequence. tokens_per_microbatch: the budget; 1 means one sequence each.
+        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl, .json or .parquet file or a Hub id (`name`,
+            `name@split`, `name/config@split`). AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes
+            each twice) or a count ("1000"); which rows depends on the seed.
+        encode: picklable callable with a `key` (str) that changes with its settings, and `features`, the columns it
+            makes. Takes a row (dict), returns a dict with at least `input_ids`, `trained` (lists of one length) and
+            `notes` (list of str, counted in the report). Raises Skip to leave the row out and ValueError to reject
+            the data.
+        max_skip_frac: largest accepted share of skipped rows.
 
     Returns:
-        per rank a list of microbatches, each a list of positions in `lengths`; the same length for every rank. A
-        microbatch may be empty when there are fewer sequences than places. In each, the longest come first.
+        Rows, in the order of the sources.
+
+    Raises:
+        DataError: unreadable source, a rejected row, nothing left, or too many rows skipped.
     """
-    lengths, budget = np.asarray(lengths), tokens_per_microbatch
-    order = np.argsort(-lengths, kind="stable").tolist()
-    sizes = lengths.tolist()
-    # At least: by tokens; and because at most k sequences longer than budget / (k + 1) share a microbatch.
-    least = [np.minimum(lengths, budget).sum() / budget, *(np.sum(lengths * (k + 1) > budget) / k for k in range(1, 9))]
-    per_rank = max(1, math.ceil(max(least) / world_size))
-    while True:
-        bins = [[] for _ in range(per_rank * world_size)]
-        heap = [(0, b) for b in range(len(bins))]  # (tokens, microbatch)
-        for i in order:
-            tokens, b = heap[0]
-            if tokens and tokens + sizes[i] > budget:
-                break  # not even the emptiest has room
-            bins[b].append(i)
-            heapq.heapreplace(heap, (tokens + sizes[i], b))
+    tables = []
+    names = []
+    report = []
+    for number, spec in enumerate(sources):
+        name, amount = _split_amount(spec)
+        raw, row_numbers = _read(name)
+        if not len(raw):
+            raise DataError(name, None, "the data set is empty")
+        # Rows are counted in three ways: in `raw`, the source as it was read; in `encoded`, E rows, which has each one
+        # that is needed once, in the order of the source; in the mixture, M rows, which may take one several times.
+        mixture = _choose(len(raw), amount, np.random.default_rng([seed, number]), spec)  # (M,) indices in raw
+        needed = np.unique(mixture)  # (E,) indices in raw, ascending
+        encoded = _encode_cached(raw.select(needed), row_numbers[needed], name, encode)
+        encoded = encoded.add_column("source", [number] * len(encoded))
+        report += _account(name, encoded, max_skip_frac)
+        is_kept = np.array(encoded["skip"][:]) == ""  # (E,)
+        places = np.searchsorted(needed, mixture)  # (M,) indices in encoded
+        tables.append(encoded.select(places[is_kept[places]]))
+        names.append(name)
+    table = datasets.concatenate_datasets(tables)
+    lengths, trained, fingerprint = _measure(table, list(encode.features))
+    return Rows(table, names, lengths, trained, report, fingerprint)
+
+
+def _split_amount(spec):
+    match = re.fullmatch(r"(.+?)(?::(\d+|\d*\.\d+|\d+\.))?", spec, re.DOTALL)
+    if not match:
+        raise DataError(repr(spec), None, "an empty data source")
+    return match.groups()
+
+
+def read_rows(source):
+    """Yields (row number, row) of one SOURCE, unencoded. Raises DataError."""
+    raw, row_numbers = _read(source)
+    for number, row in zip(row_numbers, raw, strict=True):
+        yield int(number), _decode_row(row, source, int(number))
+
+
+def _read(name):
+    """The raw rows of one source, and their numbers in it. Rows of JSON files have one column, JSON: their text."""
+    path = Path(name)
+    try:
+        if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size:
+            return _read_lines(path)
+        if path.suffix in (".json", ".jsonl"):  # an empty file is an empty list
+            raw = _read_json(name)
+        elif path.suffix == ".parquet":
+            raw = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         else:
-            return [bins[rank::world_size] for rank in range(world_size)]
-        per_rank += max(1, per_rank // 100)
+            raw = _read_hub(name)
+    except json.JSONDecodeError as error:
+        raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(name, *_why_unreadable(path, error)) from None
+    return raw, np.arange(1, len(raw) + 1)
 
 
-@dataclass
-class Microbatch:
-    """T tokens that hold S sequences end to end; position t holds the state that predicts targets[t].
-
-    Attributes:
-        input_ids: (T,) int64. position_ids: (T,) int64, from 0 in each sequence. cu_seqlens: (S+1,) int32, where each
-        sequence begins, and T. max_length: longest sequence, in tokens. targets: (T,) int64, the next token where it is
-        trained on, otherwise -100. extras: {name: (T,) float32}, other numbers of the tokens, where their targets are.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_length: int
-    targets: torch.Tensor
-    extras: dict
-
-    def model_inputs(self):
-        """Keyword arguments for a transformers model with packed attention."""
-        return {
-            "input_ids": self.input_ids[None],
-            "position_ids": self.position_ids[None],
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.max_length,
-            "max_length_k": self.max_length,
-            "use_cache": False,
-        }
+def _read_lines(path):
+    """As lines of text, so that line numbers hold and no value is coerced to its column's type."""
+    with open(path, "rb") as file:
+        version = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # an edit shows, whatever its time
+    lines = datasets.load_dataset("text", name=version, data_files=glob.escape(str(path)), split="train")
+    filled = np.array([i for i, line in enumerate(lines["text"]) if line.strip()], dtype=np.int64)
+    return lines.select(filled).rename_column("text", JSON), filled + 1
 
 
-def pack(sequences, device, *extras):
-    """Makes a microbatch of [(input_ids (L,), trained (L,)), ...]; of no sequences, one token that trains nothing.
+def _read_json(name):
+    text = Path(name).read_text(encoding="utf-8")
+    rows = json.loads(text) if text else []
+    if not isinstance(rows, list):
+        raise DataError(name, None, f"expected a JSON list of rows, found {_kind(rows)}; one object a line?")
+    return datasets.Dataset.from_dict({JSON: [json.dumps(row) for row in rows]})
 
-    This is the only place where states and targets are shifted: targets[t] = input_ids[t+1]. Numbers of a token that
-    are needed where it is predicted, (L,) arrays behind `trained` in each sequence, named by `extras`, shift with it;
-    they are 0 where nothing is trained.
-    """
-    sequences = sequences or [(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), *[np.zeros(1)] * len(extras))]
-    lengths = [len(ids) for ids, *_ in sequences]
 
-    def shifted(column, fill, dtype):
-        values = [np.append(np.where(s[1][1:], s[column][1:], fill), fill) for s in sequences]
-        return torch.from_numpy(np.concatenate(values).astype(dtype)).to(device)
+def _read_hub(name):
+    """A data set of the Hub: `name`, `owner/name` or `owner/name/config`, with or without `@split`."""
+    repository, _, split = name.partition("@")
+    parts = repository.split("/")
+    config = "/".join(parts[2:])
+    try:
+        return datasets.load_dataset("/".join(parts[:2]), config or None, split=split or "train")
+    except Exception as error:  # of datasets, pyarrow, the Hub's client or its HTTP client: no common class
+        why = first_line(error.__cause__ or error)
+        raise DataError(name, None, f"neither the Hub nor its cache gave this data set: {why}") from None
 
-    return Microbatch(
-        input_ids=torch.from_numpy(np.concatenate([ids for ids, *_ in sequences]).astype(np.int64)).to(device),
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device),
-        max_length=max(lengths),
-        targets=shifted(0, IGNORE, np.int64),
-        extras={name: shifted(column, 0, np.float32) for column, name in enumerate(extras, 2)},
-    )
+
+def _why_unreadable(path, error):
+    """(row or None, message) for a file."""
+    if not path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
+        return None, "no such file"
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as bad:
+                return number, f"column {bad.start + 1}: not valid UTF-8"
+    return None, f"cannot be read: {first_line(error.__cause__ or error)}"
+
+
+def _choose(count, amount, rng, spec):
+    """Row numbers (from 0) that SOURCE:AMOUNT stands for, in file order where every row is taken once."""
+    if amount is None:
+        total = count
+    elif "." in amount:
+        total = round(float(amount) * count)
+    else:
+        total = int(amount)
+    if total == 0:
+        raise DataError(spec, None, f"this amount selects none of the {count} rows")
+    if total == count:
+        return np.arange(count)
+    repeats = math.ceil(total / count)  # no row comes once more before all have come
+    return np.concatenate([rng.permutation(count) for _ in range(repeats)])[:total]
+
+
+def _encode_cached(raw, row_numbers, name, encode):
+    """Maps `encode` over raw rows; a skipped row keeps its place, with the reason in the column `skip`."""
+    source_code = Path(__file__).read_text(encoding="utf-8")
+    key = json.dumps([raw._fingerprint, encode.key, name, source_code])
+    key = hashlib.sha256(key.encode()).hexdigest()[:32]
+    columns = {
+        **encode.features,
+        "notes": datasets.List(datasets.Value("string")),
+        "skip": datasets.Value("string"),
+        "row": datasets.Value("int64"),
+    }
+    workers = min(os.cpu_count() or 1, len(raw) // 5000)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{key}.lock"):  # the first process on the node encodes, the others find its cache
+        return raw.map(
+            _encode_row,
+            with_indices=True,
+            cache_file_name=str(cache / f"{key}.arrow"),
+            fn_kwargs={"row_numbers": row_numbers, "name": name, "encode": encode},
+            remove_columns=raw.column_names,
+            features=datasets.Features(columns),
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=key,
+        )
+
+
+def _encode_row(raw, index, row_numbers, name, encode):
+    number = int(row_numbers[index])
+    nothing = {**dict.fromkeys(encode.features), "notes": [], "row": number}
+    row = _decode_row(raw, name, number)
+    try:
+        return {**nothing, **encode(row), "skip": ""}
+    except Skip as reason:
+        return {**nothing, "skip": str(reason)}
+    except (ValueError, RecursionError) as error:
+        raise DataError(name, number, str(error)) from None
+
+
+def _decode_row(raw, name, number):
+    try:
+        row = _without_nulls(dict(raw))
+        if JSON in row:
+            row = json.loads(row[JSON])
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate ends here
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object, found {_kind(row)}")
+        return row
+    except json.JSONDecodeError as error:
+        raise DataError(name, number, f"column {error.colno}: not valid JSON: {error.msg}") from None
+    except UnicodeEncodeError as error:
+        raise DataError(name, number, f"lone surrogate {error.object[error.start]!a} is not text") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(name, number, str(error)) from None
+
+
+def _without_nulls(value):
+    """Columns of one type fill what a row does not have with null: tool calls would get everybody's arguments."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_nulls(v) for v in value]
+    return value
+
+
+def _account(name, table, max_skip_frac):
+    """Report lines for one source; raises if nothing, or too little, is left."""
+    skips = Counter()
+    notes = Counter()
+    first = {}  # the row in which a reason or note comes first
+    for entry in table.select_columns(["skip", "notes", "row"]):
+        reason = entry["skip"]
+        if reason:
+            skips[reason] += 1
+            first.setdefault(reason, entry["row"])
+        for note in entry["notes"]:
+            notes[note] += 1
+            first.setdefault(note, entry["row"])
+    read = len(table)
+    skipped = skips.total()
+    lines = [f"{name}: {read} rows read, {read - skipped} kept"]
+    reasons = []
+    for reason, count in skips.most_common():
+        lines.append(f"  {count} skipped: {reason} (first: row {first[reason]})")
+        reasons.append(f"{count} × {reason}, first at row {first[reason]}")
+    for note, count in notes.most_common():
+        lines.append(f"  {count} {note} (first: row {first[note]})")
+    why = "; ".join(reasons)
+    if read == skipped:
+        raise DataError(name, None, f"0 of {read} rows usable ({why})")
+    limited = skipped - skips[TOO_LONG]  # dropping long rows was asked for
+    if limited > max_skip_frac * read:
+        raise DataError(name, None, f"{limited} of {read} rows skipped, more than --max_skip_frac allows ({why})")
+    return lines
+
+
+def _measure(table, columns):
+    """Tokens and trained tokens of each row, (N,) each, and a hash of all that was encoded."""
+    others = [column for column in columns if column not in ("input_ids", "trained")]
+    digest = hashlib.sha256()
+    lengths = []
+    trained = []
+    for batch in table.select_columns(columns).with_format("numpy").iter(1000):
+        numbers = [batch[column] for column in others]
+        for ids, mask, *rest in zip(batch["input_ids"], batch["trained"], *numbers, strict=True):
+            text = "".join(map(str, rest))
+            digest.update(ids.tobytes() + mask.tobytes() + text.encode())
+            lengths.append(len(ids))
+            trained.append(int(mask[1:].sum()))  # no state precedes the first token
+    return np.array(lengths), np.array(trained), digest.hexdigest()[:16]

@@ -53,7 +53,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -124,13 +124,13 @@ class Args:
 
     # the run: every script has these
     model: str = "allenai/Llama-3.1-Tulu-3-8B-DPO"  # model folder or Hub id to start from
-    data: tuple[str, ...] = ("allenai/RLVR-GSM-MATH-IF-Mixed-Constraints",)
+    data: list[str] = field(default_factory=lambda: ["allenai/RLVR-GSM-MATH-IF-Mixed-Constraints"])
     """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file or a Hub id (name, name@split);
     AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
-    eval_data: tuple[str, ...] = ()  # held-out data, in the same form
+    eval_data: list[str] = field(default_factory=list)  # held-out data, in the same form
     out: str = "runs/ppo_rlvr"  # folder of the run; the same command continues an interrupted run in it
     chat_template: str | None = None  # tulu, chatml or a Jinja file; by default the tokenizer's own
-    content_tokens: tuple[str, ...] = ()
+    content_tokens: list[str] = field(default_factory=list)
     """control tokens that stay tokens where assistant content has them ("<think>" "</think>"); others become text"""
     max_skip_frac: float = 0.01  # refuse to start when a larger share of a source's rows is unusable
     seed: int = 1  # decides the order of the data and everything else that is random
@@ -140,7 +140,7 @@ class Args:
     tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
     activation_checkpointing: bool = True  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
-    attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, by sequence
+    attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
     shard: Literal["full", "hybrid"] = "full"  # parameters over all ranks, or within a node and replicated over nodes
     track: bool = False  # log to Weights & Biases (offline unless logged in)
 
@@ -671,15 +671,15 @@ def load_config(args):
     """The model's configuration, checked against the flags before anything large is loaded."""
     try:
         config = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # transformers and the Hub's client have many
+        raise common.RunError(f"model {args.model}: {common.first_line(error)}") from None
     config.dtype = config.dtype or torch.float32
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_length > limit:
         raise common.RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
-    for field in ("logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1):
-            raise common.RunError(f"model {args.model} transforms its logits ({field}), which is not supported")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1):
+            raise common.RunError(f"model {args.model} transforms its logits ({name}), which is not supported")
     return config
 
 
@@ -702,8 +702,8 @@ def read_weights(args, config, model_class):
     """{name: tensor} of every parameter and buffer; raises RunError unless all are there, expected and finite."""
     try:
         source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
-    except Exception as error:  # transformers and safetensors have many
-        raise common.RunError(f"model {args.model}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # likewise, and safetensors
+        raise common.RunError(f"model {args.model}: {common.first_line(error)}") from None
     wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
     if wrong:
         raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
@@ -1000,6 +1000,8 @@ def parse_args():
     """Args from the command line. --help prints the docstring, and the table of flags as it stands in this file."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         table = re.sub(r"^    (\w+):", r"    --\1:", inspect.getsource(Args), flags=re.MULTILINE)
+        table = table.replace("field(default_factory=list)", "[]")
+        table = re.sub(r"field\(default_factory=lambda: (.*)\)$", r"\1", table, flags=re.MULTILINE)
         print(__doc__, table.partition("\n")[2].partition("\n")[2], sep="\nFlags, as type = default:\n\n")
         print("A bool is switched by --name or --no_name; several values follow one flag: --data a.jsonl b.jsonl:0.5")
         sys.exit()

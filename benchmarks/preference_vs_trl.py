@@ -33,6 +33,7 @@ little padding: help from outside, TRL would sort across batches. DPOTrainer's p
 The ratio does not carry over to a GPU, where TRL's head is a Triton kernel and skips untrained tokens, as ours does.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def run_postcard(args, work, task, variant, tokens_per_microbatch, out, **flags)
     if task == "dpo":
         settings["beta"] = args.beta
     if variant == "last":
-        script.common.SftEncoder = last_turn_encoder(script.common.SftEncoder)
+        train_last_turn_only(script.common)
     script.main(script.Args(
         model=str(work / ("reward_model" if task == "reward" else "model")), out=str(out), max_length=args.max_length,
         data=[str(work / ("rows.jsonl" if task == "sft" else "pairs.jsonl"))],
@@ -178,12 +179,14 @@ def run_postcard(args, work, task, variant, tokens_per_microbatch, out, **flags)
     ))  # fmt: skip
 
 
-def last_turn_encoder(base):
-    class LastTurnEncoder(base):  # its name is in the key of the cache of encoded rows
-        def encode(self, messages, tools):
-            return super().encode(messages, tools, last_turn_only=True)
+def train_last_turn_only(common):
+    """Makes SftEncoder train on the last turn alone, as of pairs."""
 
-    return LastTurnEncoder
+    class LastTurnEncoder(common.SftEncoder):  # its name is in the key of the cache of encoded rows
+        pass
+
+    common.SftEncoder = LastTurnEncoder
+    common.encode_conversation = functools.partial(common.encode_conversation, last_turn_only=True)
 
 
 def run_trl(args, work, task, variant, size, out, **options):

@@ -46,8 +46,8 @@ MAX_DIFF = {("sft.py", "dpo.py"): 200, ("sft.py", "reward_model.py"): 200, ("grp
 MAX_LINE, MAX_NESTING, MAX_PARAMETERS = 120, 3, 6
 
 # As measured when this file was written. A complaint comes at 15 % more.
-LOOP_AT = {"sft.py": 142, "reward_model.py": 192, "dpo.py": 199, "grpo.py": 250, "ppo_rlvr.py": 318}  # raw line
-FIRST_PAGE = {"sft.py": 1022, "reward_model.py": 1402, "dpo.py": 1436, "grpo.py": 1959, "ppo_rlvr.py": 2637}  # tokens
+LOOP_AT = {"sft.py": 145, "reward_model.py": 197, "dpo.py": 207, "grpo.py": 259, "ppo_rlvr.py": 326}  # raw line
+FIRST_PAGE = {"sft.py": 1049, "reward_model.py": 1418, "dpo.py": 1452, "grpo.py": 1984, "ppo_rlvr.py": 2657}  # tokens
 FIRST_PAGE_DENSITY = 9.0  # tokens a code line
 DENSITY = 10.5
 ROOM = 1.15

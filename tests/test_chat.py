@@ -693,6 +693,28 @@ def test_of_several_chat_templates_the_default_is_taken(tmp_path):
         load_tokenizer(tmp_path / "one")
 
 
+class HubError(Exception):
+    """As the HTTP client's are: neither an OSError nor a ValueError."""
+
+
+@pytest.mark.parametrize(
+    "error", [None, HubError("timed out\nat last"), HubError(), KeyError("model"), OSError("No:\nwhy")]
+)
+def test_a_tokenizer_that_neither_hub_nor_cache_has_is_refused(error, monkeypatch):
+    """Without network (None: the real error, HF_HUB_OFFLINE is set), and whatever the libraries below make of it."""
+    if error:
+
+        def from_pretrained(path):
+            raise error
+
+        monkeypatch.setattr("common.AutoTokenizer.from_pretrained", from_pretrained)
+    with pytest.raises(RunError) as caught:
+        load_tokenizer("no-such-owner/no-such-model", "tulu")
+    text, wrong = str(caught.value), "no such folder, and neither the Hub nor its cache gave this tokenizer: "
+    assert text.startswith(f"model no-such-owner/no-such-model: {wrong}") and not text.endswith(": "), text
+    assert "\n" not in text and len(text) < 500, text
+
+
 @pytest.mark.parametrize("case", ["no such file", "a folder", "Latin-1", "no template", "no such model", "broken"])
 def test_load_tokenizer_errors_are_clear(case, tmp_path):
     """Every way to get a tokenizer or template wrong is a RunError that names the flag."""
