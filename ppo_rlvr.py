@@ -543,7 +543,8 @@ def load_value_config(value_args, policy_config, chat):
     config = load_config(value_args)
     vocabulary = common.load_tokenizer(value_args.model, "chatml").get_vocab()  # its own template plays no part
     if config.vocab_size != policy_config.vocab_size or vocabulary != chat.tokenizer.get_vocab():
-        raise common.RunError(f"--value_model {value_args.model} has another vocabulary than --model")
+        wrong = f"--value_model {value_args.model} has another vocabulary than --model"
+        raise common.RunError(f"{wrong}: give a reward model of yours, or None for --model with a new head")
     if value_args.reward_model_coef and "ForSequenceClassification" not in str(config.architectures):
         raise common.RunError(f"--reward_model_coef needs a reward model as --value_model; {value_args.model} is none")
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off, as in the policy

@@ -10,7 +10,7 @@ from conftest import CACHE, ROOT
 
 sys.path.insert(0, str(ROOT / "forks"))
 
-from make import make  # noqa: E402
+import make as forks  # noqa: E402
 
 
 @lru_cache
@@ -20,7 +20,7 @@ def forked(*names, base=None):
     if not names:
         return importlib.import_module(stem)
     path = Path(tempfile.mkdtemp(dir=CACHE), f"{stem}_{'_'.join(names)}.py")
-    path.write_text(make(list(names), base), encoding="utf-8")
+    path.write_text(forks.make(list(names), base), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # where dataclasses and tyro look for it

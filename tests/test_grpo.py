@@ -427,7 +427,7 @@ def test_completions_in_flight_survive_another_number_of_processes(start, tmp_pa
         if folder.name != "step_4":
             shutil.rmtree(folder)
     shutil.rmtree(out / "model", ignore_errors=True)
-    pending = in_flight(torch.load(out / "checkpoints" / "step_4" / "states.pt", weights_only=False))
+    pending = in_flight(torch.load(out / "checkpoints" / "step_4" / "states.pt", weights_only=True))
     assert sum(len(ids) > 0 for group in pending.values() for ids in group) > 0  # some have tokens already
     stdout, _ = run("grpo.py", after, out=out, **flags)
     assert "number of processes has changed" in stdout
