@@ -13,7 +13,7 @@ wrong way round (conservative DPO). The mean is over the pairs of the whole batc
 
 --length_normalize is the loss of Tülu 3 and OLMo 3: r(y) = (β / |y|) log [π(y | x) / π_ref(y | x)], with the tokens |y|
 of the answer. The reference's log-probabilities do not change, so they are computed once, before training, and kept on
-disk for all runs: one model is in memory while training, and a second run with another β starts at once.
+disk for all runs: one model is in memory while training, and a second run with another β need not compute them.
 
 Defaults are Tülu 3 8B's (arXiv 2411.15124, section 5) except the loss, which is that of the DPO paper with its β = 0.1.
 For Tülu's own give --length_normalize --beta 5.
@@ -21,10 +21,10 @@ For Tülu's own give --length_normalize --beta 5.
     torchrun --nproc_per_node 8 dpo.py --beta 0.1                                 8B on eight GPUs, by FSDP2
     python dpo.py --model DIR --data pairs.jsonl --out runs/mine                  one process, CPU or GPU
 
-Killed at any moment, a run goes on from its last checkpoint when the same command is given again, to the same result.
+A run that was killed goes on from its last checkpoint when the same command is given again.
 
-Shapes:  T tokens of a microbatch, whose sequences lie end to end without padding: 2B of them, chosen, rejected, chosen,
-… of B pairs; H hidden size, V vocabulary size, N pairs in the data.
+Shapes:  T tokens of a microbatch. It holds B pairs as 2B sequences (chosen, rejected, chosen, …), end to end without
+padding. H hidden size, V vocabulary size, N pairs in the data.
 """
 
 import copy
@@ -102,7 +102,7 @@ class Args:
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
     keep: int = 2  # newest checkpoints kept; 0 keeps all
-    tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
+    tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
@@ -121,32 +121,33 @@ class Policy(torch.nn.Module):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
         head = self.model.get_output_embeddings().weight  # (V, H)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 has one
-        logprobs, _ = linear_logprobs(hidden, head, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
+        token_logprobs, _ = linear_logprobs(hidden, head, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
         in_answer = microbatch.targets != common.IGNORE  # (T,)
         sizes = microbatch.cu_seqlens.diff().long()  # (2B,) tokens of each sequence, prompt and answer
         # In float64, because what counts is the difference of such sums.
-        answer_logprobs = torch.segment_reduce(logprobs.double(), "sum", lengths=sizes)  # (2B,) log π(y | x)    (1)
+        answer_logprobs = torch.segment_reduce(token_logprobs.double(), "sum", lengths=sizes)  # (2B,) Σ_t log π (1)
         answer_lengths = torch.segment_reduce(in_answer.double(), "sum", lengths=sizes)  # (2B,) |y|
         return answer_logprobs, answer_lengths
 
 
-def preference_loss(args, logprobs, lengths, ref_logprobs):
-    """Equations (1) to (3), one loss for each of B pairs.
+def preference_loss(args, answer_logprobs, answer_lengths, ref_logprobs):
+    """Equations (1) to (3) before the mean: one loss for each of B pairs.
 
     Args:
-        logprobs: (2B,) log π(y | x) of chosen, rejected, chosen, …
-        lengths: (2B,) |y| of these.
+        answer_logprobs: (2B,) log π(y | x) of chosen, rejected, chosen, …
+        answer_lengths: (2B,) |y| of these.
         ref_logprobs: (B, 2) log π_ref(y | x): chosen, rejected.
 
     Returns:
         losses (B,), and {metric: (B,)}.
     """
-    # A rank that has no pairs left runs a microbatch of one token, since all ranks have to run as many. B is 0 then.
-    num_sequences = ref_logprobs.numel()  # 2B
-    logprobs = logprobs[:num_sequences]  # (2B,)
+    # Every rank runs the same number of microbatches. One without pairs has a token that stands for nothing: then B is
+    # 0, the slices are empty, and so the loss is 0.
+    num_answers = ref_logprobs.numel()  # 2B
+    logprobs = answer_logprobs[:num_answers]  # (2B,)
     logratios = logprobs - ref_logprobs.flatten()  # (2B,) log [π(y | x) / π_ref(y | x)]
     if args.length_normalize:
-        logratios = logratios / lengths[:num_sequences]  # (2B,)
+        logratios = logratios / answer_lengths[:num_answers]  # (2B,)
     rewards = args.beta * logratios  # (2B,)                                                                     (1)
     margin = rewards[0::2] - rewards[1::2]  # (B,) chosen minus rejected                                         (2)
     loss_if_right = -F.logsigmoid(margin)  # (B,)
@@ -170,8 +171,8 @@ def evaluate(args, policy, rows, ref_logprobs, device):
     policy.eval()
     sums = Sums()
     for pairs in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
-        logprobs, lengths = policy(common.pack(rows.sequences(pairs), device))
-        _, metrics = preference_loss(args, logprobs, lengths, ref_logprobs[pairs].to(device))
+        answer_logprobs, answer_lengths = policy(common.pack(rows.sequences(pairs), device))
+        _, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref_logprobs[pairs].to(device))
         sums.add(**metrics)
     policy.train()
     return {f"eval_{name}": mean for name, mean in sums.over_ranks(len(rows)).items()}
@@ -183,7 +184,7 @@ def main(args):
     rank = dist.get_rank()
     world = dist.get_world_size()
     config = load_config(args)
-    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off: π begins as π_ref
+    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off, as for π_ref
     ref_args = dataclasses.replace(args, model=args.ref_model or args.model)
     chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
     encode = common.PairEncoder(chat, config.vocab_size, args.max_length, args.overlong)
@@ -195,7 +196,7 @@ def main(args):
     run = Run(args, chat, rows, eval_rows, num_steps)
     if run.is_finished:
         return
-    ref_hash = hash_reference(ref_args, config, device)
+    ref_hash = hash_reference(ref_args, config, device)  # its vocabulary has to be the policy's
     ref_logprobs = reference_logprobs(ref_args, ref_hash, rows, device, mesh)  # (N, 2) log π_ref                (1)
     eval_ref_logprobs = reference_logprobs(ref_args, ref_hash, eval_rows, device, mesh) if eval_rows else None
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
@@ -205,17 +206,18 @@ def main(args):
         run.log({"step": 0, **evaluate(args, policy, eval_rows, eval_ref_logprobs, device)})
 
     for step in range(run.first_step, num_steps):
-        run.begin(step)  # starts the clock, seeds dropout
+        run.begin(step)  # starts the clock, seeds what is random
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's pairs
 
-        # Each rank takes its share of the batch, in as many microbatches as all others (FSDP2 needs that), and adds up
-        # the gradients of their losses.
+        # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
+        # adds up the gradients of their losses.
         sums = Sums()
         for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
             pairs = indices[places]  # (B,)
             microbatch = common.pack(rows.sequences(pairs), device)
-            logprobs, lengths = policy(microbatch)  # (2B,), (2B,)
-            losses, metrics = preference_loss(args, logprobs, lengths, ref_logprobs[pairs].to(device))  # (B,)
+            answer_logprobs, answer_lengths = policy(microbatch)  # (2B,), (2B,)
+            ref = ref_logprobs[pairs].to(device)  # (B, 2)
+            losses, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref)  # (B,)
             loss = losses.sum() / len(indices)  # () this microbatch's part of the mean                          (3)
             (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
             sums.add(**metrics)
@@ -225,7 +227,7 @@ def main(args):
         lr = learning_rate(args, step, num_steps)
         set_lr(optimizer, lr)
         grad_norm = clip_gradient(args, policy)  # before clipping
-        run.check_finite(step, means["loss"], grad_norm, indices)  # or stops
+        run.check_finite(step, means["loss"], grad_norm, indices)  # if not, the run stops
         optimizer.step()
         optimizer.zero_grad()
 

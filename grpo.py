@@ -14,14 +14,15 @@ the sampler's rounding or, with --inflight, an older policy; w corrects for that
 --temperature.
 
 Both sums run over the completion tokens of a minibatch, on all ranks; a minibatch is a part, by default all, of the
-groups that are kept. As long as a batch gets one update, which is the default, π is π_old: ρ is 1, its gradient is that
-of log π, and the clip never acts; --minibatches and --passes make several. π_ref is --model.
+groups that are kept. By default a batch gets one update. Then π is π_old, ρ is 1, the gradient of ρ is that of log π,
+and the clip never acts. --minibatches and --passes above 1 give several updates. π_ref is --model.
 
-    set_advantages (1)     policy_loss (2), (3), (5), terms of (4)     set_loss_weights 1 / Σ_t 1     main Σ_t
+A group whose rewards are all equal has advantages of 0. It is left out, and sampling goes on until the batch is full,
+for at most --active_sampling rounds in all; a step may get fewer groups, or none and learn nothing. With
+--active_sampling 0 such groups stay, and their tokens count in the sums of (4).
 
-A group whose rewards are all equal has advantages of 0. It is left out, and others are sampled in its place, for up to
---active_sampling rounds; then the step makes do with fewer groups. With --active_sampling 0 it stays, and its tokens
-count in the sums of (4).
+`set_advantages` has (1); `policy_loss` (2), (3), (5) and the terms of (4); `set_loss_weights` the denominator of (4),
+and `main` its sum.
 
 The objective and its numbers are OLMo 3's (arXiv 2512.13961), which are GRPO (arXiv 2402.03300) without its division by
 the group's standard deviation (as Dr. GRPO, arXiv 2503.20783) and without its KL term, and with the higher ε_high,
@@ -32,8 +33,8 @@ eight 80 GB cards suffice. Tülu 3.1's objective: --normalize_std --kl_beta 0.01
     torchrun --nproc_per_node 8 grpo.py                                           Tülu 3.1 8B on eight GPUs, by FSDP2
     python grpo.py --model DIR --data rows.jsonl --out runs/mine                  one process, CPU or GPU
 
-A row is {"messages": ..., "dataset": the verifier's name, "ground_truth": ...}; see rewards/. Killed at any moment, a
-run goes on from its last checkpoint when the same command is given again, to the same result.
+A row is {"messages": ..., "dataset": the verifier's name, "ground_truth": ...}; see rewards/. A run that was
+killed goes on from its last checkpoint when the same command is given again.
 
 Shapes:  T tokens of a microbatch, whose sequences lie end to end without padding; H hidden size, V vocabulary size, G
 group size, N tokens of a completion.
@@ -83,7 +84,7 @@ class Args:
     group_size: int = 8  # G, completions sampled for each prompt
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     normalize_std: bool = False  # divide advantages by the standard deviation of the group's rewards
-    active_sampling: int = 8  # most rounds of sampling to fill a batch with groups to learn from; 0: one, all kept
+    active_sampling: int = 8  # most rounds of sampling to fill a batch with groups to keep; 0: one round, keep all
     clip_low: float = 0.2  # ε_low of equation (4)
     clip_high: float = 0.272  # ε_high of equation (4)
     tis_cap: float = 2.0  # C of equation (3), of truncated importance sampling; 0 sets w = 1
@@ -106,7 +107,7 @@ class Args:
     slots: int = 64  # sequences that one rank samples at a time; does not change the samples
     inflight: int = 0  # prompts begun beyond a batch; what is unfinished when a batch is full goes on in the next step
     max_staleness: int = 4  # with --inflight: a step does wait for what was begun so many steps ago
-    max_logprob_gap: float | None = None  # stop if sampler's and trainer's log π differ by more; None: 1e-3, in bf16 1
+    max_logprob_gap: float | None = None  # most |sampler's - trainer's log π| in a first step; None: 1e-3, 1.0 in bf16
     verifier_workers: int | None = None  # processes of each rank that judge; by default its share of the cores
     sandbox: Literal["full", "weak"] = "full"  # for model-written code; weak: without what this Linux lacks
     eval_samples: int = 1  # completions of each held-out prompt, for pass@k
@@ -128,7 +129,7 @@ class Args:
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
     keep: int = 2  # newest checkpoints kept; 0 keeps all
-    tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
+    tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = True  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
@@ -152,12 +153,12 @@ class Policy(torch.nn.Module):
 
 
 @dataclass
-class Sample(JudgedCompletion):  # which has reward, ended, behaviour_logprobs (N,), and trained: true in the completion
+class Sample(JudgedCompletion):  # has reward, ended, behaviour_logprobs (N,), and trained: where its N tokens are
     """A judged completion of N tokens, and what the loss needs to know of them."""
 
     old_logprobs: np.ndarray | None = None  # (N,) log π_old
     ref_logprobs: np.ndarray | None = None  # (N,) log π_ref
-    advantages: float = 0.0  # A_i, of all its tokens
+    advantages: float = 0.0  # A_i; packing repeats it for each of the N tokens
     loss_weight: float = 0.0  # of each of its tokens in the sum of (4): 1 / Σ_t 1
 
     def to_log(self):  # in samples.jsonl
@@ -185,7 +186,7 @@ def set_loss_weights(args, minibatch):
     """The denominator of equation (4). minibatch: its samples, of all ranks."""
     total = sum(sample.trained.sum() for sample in minibatch)  # Σ_t 1                                           (4)
     for sample in minibatch:
-        sample.loss_weight = 1 / total  # goes with each token through packing, as all that the loss reads
+        sample.loss_weight = 1 / total  # packing repeats it for each token of the completion
 
 
 def policy_loss(args, logprobs, microbatch):
@@ -210,7 +211,8 @@ def policy_loss(args, logprobs, microbatch):
     w = behaviour_ratio.clamp(max=args.tis_cap) if args.tis_cap else 1.0  # (T,)                                 (3)
     clipped_ratio = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)  # (T,)
     losses = -w * torch.min(ratio * advantages, clipped_ratio * advantages)  # (T,)                              (4)
-    too_high = (advantages > 0) & (ratio > 1 + args.clip_high)  # (T,) here the clip acts: no gradient
+    # Where the clip acts, and the term of (4) has no gradient.
+    too_high = (advantages > 0) & (ratio > 1 + args.clip_high)  # (T,)
     too_low = (advantages < 0) & (ratio < 1 - args.clip_low)  # (T,)
     metrics = {
         "ratio": ratio,
@@ -257,7 +259,7 @@ def main(args):
         return policy(microbatch, args.temperature)[0]  # (T,)
 
     for step in range(run.first_step, num_steps):
-        run.begin(step)  # starts the clock, seeds dropout
+        run.begin(step)  # starts the clock, seeds what is random
 
         # Sample groups (prompts → completions → rewards) until a batch of them can be kept. All ranks get the same.
         state_before = rollouts.state_dict()
@@ -295,7 +297,7 @@ def main(args):
                 annotate(args, samples, "ref_logprobs", policy_logprobs, device)
 
         # Learn: one update for each minibatch in each pass. Each rank takes its share of it, in as many microbatches as
-        # all others (FSDP2 needs that), and adds up the gradients of their losses.
+        # every other rank (FSDP2 needs that), and adds up the gradients of their losses.
         lr = learning_rate(args, step, num_steps)
         set_lr(optimizer, lr)
         updates = []  # metrics of each

@@ -21,8 +21,8 @@ training. For (4), A is whitened: to mean 0 and variance 1 over the batch. L tra
 L_V the value model; each has an optimizer and clipping of its own. The sums run over the completion tokens of a
 minibatch, on all ranks.
 
-    gae, set_advantages (1)   policy_loss (2), (3), terms of (4)   set_rewards (5)   value_loss terms of (6)
-    set_loss_weights 1 / Σ_t 1   main Σ_t
+`gae` and `set_advantages` have (1); `policy_loss` (2), (3) and the terms of (4); `set_rewards` (5); `value_loss` the
+terms of (6); `set_loss_weights` the denominators, and `main` the sums.
 
 Defaults are Tülu 3's (arXiv 2411.15124, section 6): 4 passes over 224 completions of different prompts, and a value
 model that starts as the reward model. Only w is added; --tis_cap 0 leaves it out.
@@ -30,8 +30,8 @@ model that starts as the reward model. Only w is added; --tis_cap 0 leaves it ou
     torchrun --nproc_per_node 8 ppo_rlvr.py                                       Tülu 3 8B on eight GPUs, by FSDP2
     python ppo_rlvr.py --model DIR --value_model DIR --data rows.jsonl --out runs/mine      one process, CPU or GPU
 
-A row is {"messages": ..., "dataset": the verifier's name, "ground_truth": ...}; see rewards/. Killed at any moment, a
-run goes on from its last checkpoint when the same command is given again, to the same result.
+A row is {"messages": ..., "dataset": the verifier's name, "ground_truth": ...}; see rewards/. A run that was
+killed goes on from its last checkpoint when the same command is given again.
 
 Shapes:  T tokens of a microbatch, whose sequences lie end to end without padding; H hidden size, V vocabulary size, N
 tokens of a completion. (V with an index is a value.)
@@ -115,7 +115,7 @@ class Args:
     slots: int = 32  # sequences that one rank samples at a time; does not change the samples
     inflight: int = 0  # prompts begun beyond a batch; what is unfinished when a batch is full goes on in the next step
     max_staleness: int = 4  # with --inflight: a step does wait for what was begun so many steps ago
-    max_logprob_gap: float | None = None  # stop if sampler's and trainer's log π differ by more; None: 1e-3, in bf16 1
+    max_logprob_gap: float | None = None  # most |sampler's - trainer's log π| in a first step; None: 1e-3, 1.0 in bf16
     verifier_workers: int | None = None  # processes of each rank that judge; by default its share of the cores
     sandbox: Literal["full", "weak"] = "full"  # for model-written code; weak: without what this Linux lacks
     eval_samples: int = 1  # completions of each held-out prompt, for pass@k
@@ -137,7 +137,7 @@ class Args:
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
     keep: int = 2  # newest checkpoints kept; 0 keeps all
-    tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
+    tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = True  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
@@ -174,7 +174,7 @@ class ValueModel(torch.nn.Module):
 
 
 @dataclass
-class Sample(JudgedCompletion):  # which has reward, ended, behaviour_logprobs (N,), and trained: true in the completion
+class Sample(JudgedCompletion):  # has reward, ended, behaviour_logprobs (N,), and trained: where its N tokens are
     """A judged completion of N tokens, and what the losses need to know of them."""
 
     old_logprobs: np.ndarray | None = None  # (N,) log π_old
@@ -237,7 +237,7 @@ def set_loss_weights(args, minibatch):
     """The denominator of equations (4) and (6). minibatch: its samples, of all ranks."""
     total = sum(sample.trained.sum() for sample in minibatch)  # Σ_t 1                                      (4), (6)
     for sample in minibatch:
-        sample.loss_weight = 1 / total  # goes with each token through packing, as all that the losses read
+        sample.loss_weight = 1 / total  # packing repeats it for each token of the completion
 
 
 def policy_loss(args, logprobs, microbatch):
@@ -259,7 +259,8 @@ def policy_loss(args, logprobs, microbatch):
     w = behaviour_ratio.clamp(max=args.tis_cap) if args.tis_cap else 1.0  # (T,)                                 (3)
     clipped_ratio = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)  # (T,)
     losses = -w * torch.min(ratio * advantages, clipped_ratio * advantages)  # (T,)                              (4)
-    too_high = (advantages > 0) & (ratio > 1 + args.clip_high)  # (T,) here the clip acts: no gradient
+    # Where the clip acts, and the term of (4) has no gradient.
+    too_high = (advantages > 0) & (ratio > 1 + args.clip_high)  # (T,)
     too_low = (advantages < 0) & (ratio < 1 - args.clip_low)  # (T,)
     metrics = {
         "ratio": ratio,
@@ -324,7 +325,7 @@ def main(args):
         return policy(microbatch, args.temperature)[0]  # (T,)
 
     for step in range(run.first_step, num_steps):
-        run.begin(step)  # starts the clock, seeds dropout
+        run.begin(step)  # starts the clock, seeds what is random
 
         # Sample groups: prompts → completions → verdicts. All ranks get the same.
         state_before = rollouts.state_dict()
@@ -355,7 +356,7 @@ def main(args):
         names = ["behaviour_logprobs", "old_logprobs", "advantages", "values", "returns", "loss_weight"]
 
         # Learn: one update for each minibatch in each pass. Each rank takes its share of it, in as many microbatches as
-        # all others (FSDP2 needs that), and adds up the gradients of their losses.
+        # every other rank (FSDP2 needs that), and adds up the gradients of their losses.
         lr = learning_rate(args, step, num_steps)
         if step < args.value_warmup_steps:
             lr = 0.0

@@ -16,11 +16,11 @@ Defaults are Tülu 3's (arXiv 2411.15124, section 6).
     torchrun --nproc_per_node 8 reward_model.py                                   Tülu 3 8B on eight GPUs, by FSDP2
     python reward_model.py --model DIR --data pairs.jsonl --out runs/mine         one process, CPU or GPU
 
-OUT/model opens with AutoModelForSequenceClassification. Killed at any moment, a run goes on from its last checkpoint
-when the same command is given again, to the same result.
+OUT/model opens with AutoModelForSequenceClassification. A run that was killed goes on from its last checkpoint when the
+same command is given again.
 
-Shapes:  T tokens of a microbatch, whose sequences lie end to end without padding: 2B of them, chosen, rejected, chosen,
-… of B pairs; H hidden size, N pairs in the data.
+Shapes:  T tokens of a microbatch. It holds B pairs as 2B sequences (chosen, rejected, chosen, …), end to end without
+padding. H hidden size, N pairs in the data.
 """
 
 import copy
@@ -90,7 +90,7 @@ class Args:
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
     keep: int = 2  # newest checkpoints kept; 0 keeps all
-    tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
+    tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
@@ -136,7 +136,8 @@ def ranking_loss(args, scores, margins):
     Returns:
         losses (B,), and {metric: (B,)}.
     """
-    # A rank that has no pairs left runs a microbatch of one token, since all ranks have to run as many. B is 0 then.
+    # Every rank runs the same number of microbatches. One without pairs has a token that stands for nothing: then B is
+    # 0, the slice is empty, and so the loss is 0.
     scores = scores[: 2 * len(margins)]  # (2B,)
     chosen = scores[0::2]  # (B,)
     rejected = scores[1::2]  # (B,)
@@ -195,11 +196,11 @@ def main(args):
         run.log({"step": 0, **evaluate(args, model, eval_rows, device)})
 
     for step in range(run.first_step, num_steps):
-        run.begin(step)  # starts the clock, seeds dropout
+        run.begin(step)  # starts the clock, seeds what is random
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's pairs
 
-        # Each rank takes its share of the batch, in as many microbatches as all others (FSDP2 needs that), and adds up
-        # the gradients of their losses.
+        # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
+        # adds up the gradients of their losses.
         sums = Sums()
         for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
             pairs = indices[places]  # (B,)
@@ -215,7 +216,7 @@ def main(args):
         lr = learning_rate(args, step, num_steps)
         set_lr(optimizer, lr)
         grad_norm = clip_gradient(args, model)  # before clipping
-        run.check_finite(step, means["loss"], grad_norm, indices)  # or stops
+        run.check_finite(step, means["loss"], grad_norm, indices)  # if not, the run stops
         optimizer.step()
         optimizer.zero_grad()
 

@@ -9,12 +9,12 @@ the batch is cut into packed microbatches and dealt to ranks changes nothing but
 numerator of (1) for a microbatch; the loop in `main` divides it by the denominator.
 
 Defaults are Tülu 3 8B's (arXiv 2411.15124, section 4), with one difference: Tülu trained on the *sum* over tokens, here
-it is the mean (1), so that the learning rate does not depend on the batch. docs/sft.md says how to have the sum.
+it is the mean (1), whose gradient does not grow with the batch. docs/sft.md says how to have the sum.
 
     torchrun --nproc_per_node 8 sft.py                                            Tülu 3 8B on eight GPUs, by FSDP2
     python sft.py --model DIR --data rows.jsonl --out runs/mine                   one process, CPU or GPU
 
-Killed at any moment, a run goes on from its last checkpoint when the same command is given again, to the same result.
+A run that was killed goes on from its last checkpoint when the same command is given again.
 
 Shapes:  T tokens of a microbatch, whose sequences lie end to end without padding; H hidden size, V vocabulary size.
 """
@@ -85,7 +85,7 @@ class Args:
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
     keep: int = 2  # newest checkpoints kept; 0 keeps all
-    tokens_per_microbatch: int = 8192  # most tokens in one forward pass of a rank; does not change the loss; 1: one row
+    tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
@@ -104,7 +104,8 @@ class Policy(torch.nn.Module):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
         head = self.model.get_output_embeddings().weight  # (V, H)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 has one
-        return linear_cross_entropy(hidden, head, microbatch.targets, softcap)  # () numerator                 (1)
+        # The sum of -log π(y_t | y_<t) over all targets. Where m_t = 0 there is none (common.IGNORE).
+        return linear_cross_entropy(hidden, head, microbatch.targets, softcap)  # () the numerator               (1)
 
 
 @torch.no_grad()
@@ -124,9 +125,10 @@ def main(args):
     rank = dist.get_rank()
     world = dist.get_world_size()
     config = load_config(args)
-    own_template = "tulu" if args.model == Args.model else None  # the default is a base model, which has none
-    tokenizer = common.load_tokenizer(args.model, args.chat_template or own_template)
-    chat = common.ChatFormat(tokenizer, args.content_tokens)
+    template = args.chat_template
+    if template is None and args.model == Args.model:
+        template = "tulu"  # the default model is a base model, which has none of its own
+    chat = common.ChatFormat(common.load_tokenizer(args.model, template), args.content_tokens)
     encode = common.SftEncoder(chat, config.vocab_size, args.max_length, args.overlong)
     rows, eval_rows = load_data(args, encode, at_least=args.batch_size)
     total_rows = math.ceil(args.epochs * len(rows))  # rows seen in the whole run
@@ -143,30 +145,30 @@ def main(args):
         run.log({"step": 0, **evaluate(args, policy, eval_rows, device)})
 
     for step in range(run.first_step, num_steps):
-        run.begin(step)  # starts the clock, seeds dropout
+        run.begin(step)  # starts the clock, seeds what is random
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's rows
-        num_trained = int(rows.trained[indices].sum())  # () denominator, over all ranks and microbatches        (1)
+        num_trained = int(rows.trained[indices].sum())  # Σ_t m_t, of all ranks and microbatches                 (1)
 
-        # Each rank takes its share of the batch, in as many microbatches as all others (FSDP2 needs that), and adds up
-        # the gradients of their losses.
+        # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
+        # adds up the gradients of their losses.
         sums = Sums()
         for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
             microbatch = common.pack(rows.sequences(indices[places]), device)
             loss = policy(microbatch) / num_trained  # () this microbatch's part of L                            (1)
             (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
             sums.add(loss=loss)
-        means = sums.over_ranks()  # the sum of all parts: means["loss"] is L
+        totals = sums.over_ranks()  # of the parts of all microbatches and ranks: totals["loss"] is L
 
         # Update.
         lr = learning_rate(args, step, num_steps)
         set_lr(optimizer, lr)
         grad_norm = clip_gradient(args, policy)  # before clipping
-        run.check_finite(step, means["loss"], grad_norm, indices)  # or stops
+        run.check_finite(step, totals["loss"], grad_norm, indices)  # if not, the run stops
         optimizer.step()
         optimizer.zero_grad()
 
         # Log, evaluate, save.
-        entry = {"step": step + 1, **means, "lr": lr, "grad_norm": grad_norm, "trained_tokens": num_trained}
+        entry = {"step": step + 1, **totals, "lr": lr, "grad_norm": grad_norm, "trained_tokens": num_trained}
         entry.update(run.speed(rows.lengths[indices].sum()))
         if run.is_eval_due(step + 1):
             entry.update(evaluate(args, policy, eval_rows, device))

@@ -57,7 +57,8 @@ def policy_loss(args, logprobs, microbatch):
     w = behaviour_ratio.clamp(max=args.tis_cap) if args.tis_cap else 1.0  # (T,)                                 (3)
     clipped_ratio = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)  # (T,)
     losses = -w * torch.min(ratio * advantages, clipped_ratio * advantages)  # (T,)                              (4)
-    too_high = (advantages > 0) & (ratio > 1 + args.clip_high)  # (T,) here the clip acts: no gradient
+    # Where the clip acts, and the term of (4) has no gradient.
+    too_high = (advantages > 0) & (ratio > 1 + args.clip_high)  # (T,)
     too_low = (advantages < 0) & (ratio < 1 - args.clip_low)  # (T,)
     metrics = {
         "ratio": ratio,
