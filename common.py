@@ -807,6 +807,32 @@ def show_example(tokenizer, input_ids, trained):
 JSON = "\ufdd0 JSON"  # a column that no data set has
 
 
+def load_data(args, encode, at_least):
+    """The rows of --data, and of --eval_data (None without). Rank 0 prints an account of them, and shows the first.
+
+    Args:
+        args: has data, eval_data, seed, max_skip_frac and batch_size.
+        encode: as for `load_rows`.
+        at_least: how many rows there have to be: mostly --batch_size.
+
+    Raises:
+        DataError: as `load_rows`. RunError: fewer rows.
+    """
+    rows = load_rows(args.data, encode, args.seed, args.max_skip_frac)
+    if len(rows) < at_least:
+        raise RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
+    report = rows.report
+    eval_rows = None
+    if args.eval_data:
+        eval_rows = load_rows(args.eval_data, encode, args.seed, args.max_skip_frac)
+        report = rows.report + eval_rows.report
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(report))
+        for input_ids, trained in rows.sequences([0]):
+            print(show_example(encode.chat.tokenizer, input_ids, trained))
+    return rows, eval_rows
+
+
 def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     """Reads, encodes and mixes data sources.
 

@@ -180,7 +180,7 @@ def main(args):
     if config.pad_token_id == chat.end_of_turn:  # transformers scores the last token that is not padding
         config.pad_token_id = None
     encode = common.PairEncoder(chat, config.vocab_size, args.max_length, args.overlong)
-    rows, eval_rows = load_data(args, encode, at_least=args.batch_size)
+    rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
     margins = torch.tensor(rows.table["margin"][:], device=device)  # (N,)
     total_rows = math.ceil(args.epochs * len(rows))  # pairs seen in the whole run
     num_steps = math.ceil(total_rows / args.batch_size)
@@ -214,7 +214,8 @@ def main(args):
 
         # Update.
         lr = learning_rate(args, step, num_steps)
-        set_lr(optimizer, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         grad_norm = clip_gradient(args, model)  # before clipping
         run.check_finite(step, means["loss"], grad_norm, indices)  # if not, the run stops
         optimizer.step()
@@ -237,14 +238,17 @@ def main(args):
 
 def subset_accuracy(rows, right):
     """Metrics of each value of the rows' column `subset`, where there are several. right: (N,) 1.0 or 0.0."""
-    names = np.array(rows.table["subset"][:])
-    if len(set(names)) < 2:
+    subset_of_row = np.array(rows.table["subset"][:])
+    names = sorted(set(subset_of_row))
+    if len(names) < 2:
         return {}
-    subsets = {name: right[(names == name).nonzero()[0]] for name in sorted(set(names))}
-    return {
-        "eval_subsets": {name: wilson_interval(x.sum().item(), len(x)) for name, x in subsets.items()},
-        "eval_subsets_mean": sum(x.mean().item() for x in subsets.values()) / len(subsets),
-    }
+    intervals = {}
+    means = []
+    for name in names:
+        places = (subset_of_row == name).nonzero()[0]
+        intervals[name] = wilson_interval(right[places].sum().item(), len(places))
+        means.append(right[places].mean().item())
+    return {"eval_subsets": intervals, "eval_subsets_mean": sum(means) / len(means)}
 
 
 def wilson_interval(right, total, z=1.96):
@@ -252,12 +256,15 @@ def wilson_interval(right, total, z=1.96):
     share = right / total
     scale = 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return {"share": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "total": total}
+    variance = share * (1 - share) / total + z * z / (4 * total * total)
+    half = z / scale * math.sqrt(variance)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return {"share": share, "low": low, "high": high, "total": total}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the loop calls, the same in every script: the optimizer, the learning rate, sums over ranks.
+# Plumbing: optimizer, sums, processes, models, files. Nobody has to read it: the same text in every script, by design.
 
 
 def make_optimizer(args, module):
@@ -282,23 +289,13 @@ def learning_rate(args, step, num_steps):
     return args.lr
 
 
-def set_lr(optimizer, lr):
-    """Sets the learning rate of every parameter."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def clip_gradient(args, module):
     """Clips the gradient, over all ranks, to --max_grad_norm. Returns its norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm or math.inf)
-    return norm.full_tensor().item()
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
 
 
 class Sums:
-    """Sums of named numbers over the microbatches of this rank, then over all ranks.
-
-    Every rank has to add the same names in the same order; each has the same number of microbatches, so it does.
-    """
+    """Sums of named numbers over a rank's microbatches, then over ranks. All ranks add the same names in one order."""
 
     def __init__(self):
         self.values = {}
@@ -317,14 +314,9 @@ class Sums:
 def all_sum(*values):
     """Sums of scalars (numbers or tensors) over all ranks, as floats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
-    total = torch.stack(scalars)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing: processes, models, files. Nobody has to read it. It is the same text in every script, by design.
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def setup_distributed(args):
@@ -351,17 +343,16 @@ def setup_distributed(args):
 
 def on_rank0(function):
     """Calls `function` on rank 0 alone. Every rank gets its result, or raises its error."""
-    box = {"result": None, "error": None}
+    box = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
-            box["result"] = function()
+            box[0] = function()
         except (common.RunError, OSError, ValueError) as error:
-            box["error"] = str(error)
-    boxes = [box]
-    dist.broadcast_object_list(boxes)
-    if boxes[0]["error"] is not None:
-        raise common.RunError(boxes[0]["error"])
-    return boxes[0]["result"]
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise common.RunError(box[1])
+    return box[0]
 
 
 def load_config(args):
@@ -378,21 +369,6 @@ def load_config(args):
         if getattr(config, name, None) not in (None, 1):
             raise common.RunError(f"model {args.model} transforms its logits ({name}), which is not supported")
     return config
-
-
-def load_data(args, encode, at_least):
-    """(rows to train on, held-out rows or None). Rank 0 prints an account of them, and the first as it is trained."""
-    rows = common.load_rows(args.data, encode, args.seed, args.max_skip_frac)
-    if len(rows) < at_least:
-        raise common.RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
-    eval_rows = None
-    if args.eval_data:
-        eval_rows = common.load_rows(args.eval_data, encode, args.seed, args.max_skip_frac)
-    if dist.get_rank() == 0:
-        print("\n".join(rows.report + (eval_rows.report if eval_rows else [])))
-        for input_ids, trained in rows.sequences([0]):
-            print(common.show_example(encode.chat.tokenizer, input_ids, trained))
-    return rows, eval_rows
 
 
 def read_weights(args, config, model_class):
@@ -413,10 +389,7 @@ def read_weights(args, config, model_class):
 
 
 def load_model(args, config, model_class, module_class, device, mesh):
-    """module_class(model), sharded by FSDP2 per decoder layer: float32 parameters; on CUDA bf16 compute.
-
-    Rank 0 alone reads the files, and the others get their shards of one tensor after the other.
-    """
+    """module_class(model), sharded by FSDP2: float32 parameters, on CUDA bf16 compute. Rank 0 alone reads the files."""
     gc.collect()  # FSDP's hooks make cycles: a model that was dropped is still in memory
     weights = {}
     on_rank0(lambda: weights.update(read_weights(args, config, model_class)))  # here, for it is not to be sent to all
@@ -453,12 +426,9 @@ RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "ke
 
 
 class Run:
-    """The folder of a run: where it continues, what it logs, what it saves.
+    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it holds another run.
 
-    Killed at any moment, the same command continues bit for bit: a checkpoint is written as step_N.tmp, flushed to disk
-    and renamed when it is whole, and other names are debris. OUT/model, made likewise, marks the end.
-
-    Raises RunError if the folder holds another run: other flags, another script or other data.
+    A checkpoint is written as step_N.tmp, flushed to disk and renamed when it is whole. OUT/model marks the end.
     """
 
     def __init__(self, args, chat, rows, eval_rows, num_steps):
@@ -478,7 +448,7 @@ class Run:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         config = {
             "script": Path(__file__).name,
-            "data": [self.rows.fingerprint, self.eval_rows and self.eval_rows.fingerprint],
+            "data": [rows and rows.fingerprint for rows in (self.rows, self.eval_rows)],
             "args": redact(dataclasses.asdict(self.args)),
             "world_size": dist.get_world_size(),
             "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")},
@@ -487,13 +457,19 @@ class Run:
         last_step = max(self._checkpoints(), default=0)
         is_finished = (self.out / "model").exists()
         if last_step or is_finished:
-            self._compare(json.loads((self.out / "config.json").read_text()), config)
+            old = json.loads((self.out / "config.json").read_text())
+            new = json.loads(json.dumps(config))  # tuples become lists, as in the file
+            pairs = [(key, old[key], new[key]) for key in ("script", "data")]
+            pairs += [(flag, old["args"].get(flag), value) for flag, value in new["args"].items()]
+            changed = [f"{key}: {a} → {b}" for key, a, b in pairs if a != b and key not in RUNTIME_FLAGS]
+            if changed:
+                raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
         if is_finished:
             print(f"{self.out} is finished: its model is {self.out}/model")
             return True, last_step
         (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for pattern in ("checkpoints/*.tmp", "checkpoints/*.trash", "model.tmp"):
-            for debris in self.out.glob(pattern):  # half written or half deleted when the run was killed
+        for name in ("checkpoints/*.tmp", "checkpoints/*.trash", "model.tmp"):
+            for debris in self.out.glob(name):  # half written or half deleted when the run was killed
                 shutil.rmtree(debris)
         replace_text(self.out / "config.json", json.dumps(config, indent=2))
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -504,15 +480,6 @@ class Run:
                 kept = [line for line in whole if last_step and json.loads(line)["step"] <= last_step]
                 replace_text(path, "".join(kept))
         return False, last_step
-
-    def _compare(self, old, new):
-        """Raises RunError if two configurations are not of one run."""
-        new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-        pairs = [(key, old[key], new[key]) for key in ("script", "data")]
-        pairs += [(flag, old["args"].get(flag), value) for flag, value in new["args"].items()]
-        changed = [f"{key}: {a} → {b}" for key, a, b in pairs if a != b and key not in RUNTIME_FLAGS]
-        if changed:
-            raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
 
     def _checkpoints(self):
         """{step: folder} of the whole checkpoints, oldest first."""
@@ -542,24 +509,17 @@ class Run:
         seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
 
-    def seconds(self):
-        """Since the step has begun."""
-        return time.perf_counter() - self.started
-
     def speed(self, tokens):
         """Metrics of a step that has processed so many tokens until now."""
-        seconds = self.seconds()
+        seconds = time.perf_counter() - self.started
         return {"tokens": int(tokens), "tokens_per_second": int(tokens) / seconds, "seconds": seconds}
 
     def check_finite(self, step, loss, grad_norm, indices):
         """Stops before the optimizer step if the loss or the gradient is not finite; names the step and its rows."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        names = "; ".join(self.rows.where(i) for i in indices[:8])
-        raise common.RunError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, so the weights are "
-            f"as they were. The {len(indices)} rows of this batch begin with: {names}"
-        )
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            names = "; ".join(self.rows.where(i) for i in indices[:8])
+            what = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update."
+            raise common.RunError(f"{what} The {len(indices)} rows of this batch begin with: {names}")
 
     def is_eval_due(self, done):
         """Whether to evaluate after so many steps: before the first, every --eval_every steps and after the last."""
@@ -571,20 +531,16 @@ class Run:
         self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not self.is_rank0)
         self.wandb = None
         if self.args.track and self.is_rank0:
-            import wandb
-
+            import wandb  # only here: it takes a second
             netrc = Path.home() / ".netrc"
             logged_in = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
             self.wandb = wandb.init(
-                project="postcard",
-                name=self.out.name,
+                project="postcard", name=self.out.name, dir=self.out, resume="allow",
                 id=hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16],
-                resume="allow",
-                dir=self.out,
                 config=redact(dataclasses.asdict(self.args)),
                 mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
                 settings=wandb.Settings(x_disable_meta=True, console="off"),  # command line and output may hold secrets
-            )
+            )  # fmt: skip
 
     def log(self, entry):
         """On rank 0: appends to metrics.jsonl, moves the progress bar and feeds W&B."""
@@ -604,10 +560,9 @@ class Run:
 
     def save_if_due(self, done, module, optimizer, state=None):
         """After so many steps: saves every --save_every steps; after SIGTERM at once, and exits."""
-        stopping = self.is_stopping()
         if done == self.num_steps:
             return  # `finish` comes next
-        if stopping:
+        if self.is_stopping():
             self.leave(done, module, optimizer, state)
         if self.args.save_every and done % self.args.save_every == 0:
             self.save(done, module, optimizer, state)
@@ -636,14 +591,14 @@ class Run:
             free = shutil.disk_usage(partial.parent).free
             raise common.RunError(f"checkpoint step {done} to {final} failed, {free:,} bytes free: {reason}") from None
         sync_to_disk(partial)
-        dist.barrier()
-        on_rank0(lambda: self._publish(partial, final))
+        dist.barrier()  # all ranks have written their files
 
-    def _publish(self, partial, final):
-        partial.rename(final)
-        sync_to_disk(final.parent)
-        for old in list(self._checkpoints().values())[: -self.args.keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
+        def publish():
+            sync_to_disk(partial.rename(final).parent)
+            for old in list(self._checkpoints().values())[: -self.args.keep]:
+                shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
+
+        on_rank0(publish)
 
     def finish(self, module):
         """Publishes the final model as OUT/model, which marks the run as finished."""
@@ -696,11 +651,10 @@ def redact(value):
 def parse_args():
     """Args from the command line. --help prints the docstring, and the table of flags as it stands in this file."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        table = re.sub(r"^    (\w+):", r"    --\1:", inspect.getsource(Args), flags=re.MULTILINE)
-        table = table.replace("field(default_factory=list)", "[]")
+        table = inspect.getsource(Args).replace("field(default_factory=list)", "[]").partition("class Args:\n")[2]
         table = re.sub(r"field\(default_factory=lambda: (.*)\)$", r"\1", table, flags=re.MULTILINE)
-        print(__doc__, table.partition("\n")[2].partition("\n")[2], sep="\nFlags, as type = default:\n\n")
-        print("A bool is switched by --name or --no_name; several values follow one flag: --data a.jsonl b.jsonl:0.5")
+        table = re.sub(r"^    (\w+):", r"    --\1:", table, flags=re.MULTILINE)
+        print(__doc__, "Flags, as --name: type = default. --no_name switches a bool off.", table, sep="\n")
         sys.exit()
     return tyro.cli(Args, use_underscores=True)
 

@@ -39,15 +39,14 @@ OWN_DEFAULTS = {
     "clip_high", "kl_beta", "passes", "model", "data", "out", "slots", "activation_checkpointing",
 }  # fmt: skip
 
-SHARED = "# What the loop calls, the same in every script: the optimizer, the learning rate, sums over ranks."
-PLUMBING = "# Plumbing: processes, models, files. Nobody has to read it. It is the same text in every script, by design."
+PLUMBING = "# Plumbing: optimizer, sums, processes, models, files. Nobody has to read it: the same text in every script, by design."
 MAX_PLUMBING = 400  # raw lines
 MAX_DIFF = {("sft.py", "dpo.py"): 200, ("sft.py", "reward_model.py"): 200, ("grpo.py", "ppo_rlvr.py"): 300}
 MAX_LINE, MAX_NESTING, MAX_PARAMETERS = 120, 3, 6
 
 # As measured when this file was written. A complaint comes at 15 % more.
-LOOP_AT = {"sft.py": 145, "reward_model.py": 197, "dpo.py": 207, "grpo.py": 259, "ppo_rlvr.py": 326}  # raw line
-FIRST_PAGE = {"sft.py": 1049, "reward_model.py": 1418, "dpo.py": 1452, "grpo.py": 1984, "ppo_rlvr.py": 2657}  # tokens
+LOOP_AT = {"sft.py": 147, "reward_model.py": 198, "dpo.py": 208, "grpo.py": 261, "ppo_rlvr.py": 327}  # raw line
+FIRST_PAGE = {"sft.py": 1059, "reward_model.py": 1427, "dpo.py": 1464, "grpo.py": 1997, "ppo_rlvr.py": 2677}  # tokens
 FIRST_PAGE_DENSITY = 9.0  # tokens a code line
 DENSITY = 10.5
 ROOM = 1.15
@@ -129,17 +128,16 @@ def newspaper_order(files):
             complaints.append(f"{name}: its first page is {', '.join(page)}")
         if isinstance(tree.body[-1], ast.If) and "__main__" not in ast.unparse(tree.body[-1].test):
             complaints.append(f"{name} does not end with its entry")
-        order = [text.find("def main"), text.find(SHARED), text.find(PLUMBING)]
-        if order != sorted(order) or -1 in order:
-            complaints.append(f"{name}: main, the optimizer and the plumbing do not follow each other")
+        if not 0 < text.find("def main") < text.find(PLUMBING):
+            complaints.append(f"{name}: the plumbing is not last")
     return complaints
 
 
 def plumbing(files):
     """The end of every script is the same to the letter, and short."""
-    ends = {name: text[text.find(SHARED) :] for name, text in scripts(files).items()}
+    ends = {name: text[text.find(PLUMBING) :] for name, text in scripts(files).items()}
     complaints = [f"the end of {name} differs from {SCRIPTS[0]}'s" for name in ends if ends[name] != ends[SCRIPTS[0]]]
-    lines = ends[SCRIPTS[0]][ends[SCRIPTS[0]].find(PLUMBING) :].count("\n")
+    lines = ends[SCRIPTS[0]].count("\n")
     if lines > MAX_PLUMBING:
         complaints.append(f"{lines} lines of plumbing, limit {MAX_PLUMBING}")
     return complaints
@@ -197,15 +195,21 @@ def same_flag_same_meaning(files):
     return complaints
 
 
+def attributes(tree, owner):
+    """Names read of `owner`, or of an attribute of that name."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in found if ast.unparse(node.value).split(".")[-1] == owner}
+
+
 def no_dead_flag(files):
-    """Every flag is read, by the script or by the environment that it hands its flags to, and none is overwritten."""
+    """Every flag is read, by the script or by what it hands `args` to, and none is overwritten."""
     complaints = []
-    environment = {node.attr for node in ast.walk(parse(files["rewards/environment.py"])) if isinstance(node, ast.Attribute)}
+    read_elsewhere = {name: attributes(parse(files[name]), "args") for name in ("common.py", "rewards/environment.py")}
     for name, text in scripts(files).items():
         uses = [n for n in ast.walk(parse(text)) if isinstance(n, ast.Attribute) and ast.unparse(n.value).endswith("args")]
-        read = {n.attr for n in uses if isinstance(n.ctx, ast.Load)}
+        read = {n.attr for n in uses if isinstance(n.ctx, ast.Load)} | read_elsewhere["common.py"]
         if "Rollouts(args" in text:
-            read |= environment
+            read |= read_elsewhere["rewards/environment.py"]
         complaints += [f"{name}: --{flag} is never read" for flag in flags(text) if flag not in read]
         complaints += [f"{name}: args.{n.attr} is overwritten" for n in uses if not isinstance(n.ctx, ast.Load)]
     return complaints
