@@ -24,7 +24,7 @@ import grpo
 import rewards
 from common import RunError
 from kernels.sampler import Sampler
-from rewards.environment import Rollouts, flatten
+from rewards.environment import Rollouts, flatten, held_out_metrics
 
 ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
 
@@ -439,3 +439,16 @@ def test_completions_in_flight_survive_another_number_of_processes(start, tmp_pa
         for ids in group:
             begun = tokenizer.decode(ids[:-1], skip_special_tokens=True)  # the last may be half a character, or the end
             assert any(answer.startswith(begun) for answer in answers), (position, begun, answers)
+
+
+def test_the_environment_without_a_policy_in_training(start, reference):
+    """A model's folder, judged: the numbers are those of the evaluation before the first step of a run from it."""
+    rows_file = start["data"][0].replace("train", "test")
+    args = grpo.Args(**{**start, "model": str(start["model"]), "out": "", "eval_samples": 2})
+    chat = common.ChatFormat(common.load_tokenizer(args.model))
+    encode = common.PromptEncoder(chat, len(chat.tokenizer), args.max_length - args.max_new_tokens, "drop")
+    rollouts = Rollouts(args, chat, common.load_rows([rows_file], encode))
+    rollouts.sampler = Sampler.from_pretrained(args.model, slots=4, max_length=args.max_length)
+    found = held_out_metrics(rollouts.sample_all(rollouts.rows))
+    rollouts.close()
+    assert found == {name: value for name, value in metrics(reference)[0].items() if name != "step"}
