@@ -191,7 +191,7 @@ def main(args):
     rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
     total_rows = math.ceil(args.epochs * len(rows))  # pairs seen in the whole run
     num_steps = math.ceil(total_rows / args.batch_size)
-    if args.steps:
+    if args.steps is not None:
         num_steps = min(num_steps, args.steps)
     run = Run(args, chat, rows, eval_rows, num_steps)
     if run.is_finished:
@@ -711,7 +711,7 @@ def parse_args():
         table = inspect.getsource(Args).replace("field(default_factory=list)", "[]").partition("class Args:\n")[2]
         table = re.sub(r"field\(default_factory=lambda: (.*)\)$", r"\1", table, flags=re.MULTILINE)
         table = re.sub(r"^    (\w+):", r"    --\1:", table, flags=re.MULTILINE)
-        print(__doc__, "Flags, as --name: type = default. --no_name switches a bool off.", table, sep="\n")
+        print(__doc__, "Flags: --name: type = default. A bool: --no_name too. A list: --name a b.", table, sep="\n")
         sys.exit()
     return tyro.cli(Args, use_underscores=True)
 

@@ -4,10 +4,13 @@
     python forks/make.py gspo sequence_mean > my_grpo.py            both
     python forks/make.py sequence_mean --base ppo_rlvr.py > my_ppo.py
 
-A fork is a file in this folder with what it changes and nothing else: functions and classes that take the place of
-those of the same name (new ones are put before `main`), and a class Args with the fields that are new or have another
-default. BASE is the script that it changes. There are no line numbers and no context in a fork, so it survives
-whatever happens around its functions; and it is refused when nothing calls what it brings.
+A fork is a file in this folder with what it changes and nothing else: functions, classes and constants that take the
+place of those of the same name (new ones are put before `main`), and a class Args with the fields that are new or have
+another default. BASE is the script that it changes. There are no line numbers and no context in a fork, so it survives
+whatever happens around its functions. Flags that nothing reads any more are taken out of the result.
+
+A fork is refused if it does not fit: if nothing uses what it brings, or if another one changes the same thing.
+tests/test_forks.py has the equation of each, and compares gradients: a new fork needs a case there.
 """
 
 import argparse
@@ -20,77 +23,44 @@ FORKS = Path(__file__).parent
 
 
 class ForkError(Exception):
-    """A fork that does not fit its script."""
+    """Forks that do not fit their script, or each other."""
 
 
 def make(forks, base=None):
-    """The text of a script with some forks applied, in the order given.
+    """The text of a script with some forks applied.
 
     Args:
         forks: names of files in this folder. base: script to change; by default the first fork's BASE.
 
     Raises:
-        ForkError: no such fork or script, or one that brings a function or a flag that nothing uses.
+        ForkError: no such fork or script; two forks that change the same; or one that brings what nothing uses.
     """
-    texts = {name: _read(FORKS / f"{name}.py") for name in forks}
-    base = base or re.search(r'^BASE = "(.*)"', texts[forks[0]], re.MULTILINE)[1]
-    script = _read(FORKS.parent / base)
+    texts = {name: _read_fork(name) for name in forks}
+    _check_apart(forks, texts)
+    base = base or _constant(texts[forks[0]], "BASE")
+    path = FORKS.parent / str(base)
+    if not path.is_file():
+        raise ForkError(f"{path}: no such script")
+    original = path.read_text(encoding="utf-8")
+    script = original
+    for text in texts.values():
+        script = _apply(text, script)
+    script = _without_dead_flags(original, script)
     for name, text in texts.items():
-        script = _apply(name, text, script)
+        unread = [field for field in _fields(text) if not _reads(script, field)]
+        if unread:
+            raise ForkError(f"forks/{name}.py: nothing in {base} reads args.{unread[0]}")
     if unused(script):
         raise ForkError(f"nothing in the result calls {', '.join(unused(script))}: does this fork fit {base}?")
-    docstrings = [ast.get_docstring(ast.parse(text)) for text in texts.values()]
-    heading = "\n\n".join(docstrings) + f"\n\nMade from {base} by forks/make.py {' '.join(forks)}. That is:\n\n"
-    script = script.replace('"""', '"""' + heading, 1)
-    return script.replace(f'out: str = "runs/{Path(base).stem}"', f'out: str = "runs/{"_".join(forks)}"')
+    papers = "\n\n".join(ast.get_docstring(ast.parse(text), clean=False).strip() for text in texts.values())
+    made = f"Made by forks/make.py {' '.join(forks)}. Everything else is as in {base}:"
+    script = script.replace('"""', f'"""{papers}\n\n{made}\n\n', 1)
+    return script.replace(f'out: str = "runs/{path.stem}"', f'out: str = "runs/{"_".join(forks)}"')
 
 
-def _read(path):
-    if not path.is_file():
-        raise ForkError(f"{path}: no such file")
-    return path.read_text(encoding="utf-8")
-
-
-def _apply(name, fork, script):
-    for node in ast.parse(fork).body:
-        source = _source(fork, node)
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            if source not in script:
-                script = script.replace("\nimport numpy as np\n", f"\nimport numpy as np\n{source}\n", 1)
-        elif isinstance(node, ast.ClassDef) and node.name == "Args":
-            script = _apply_fields(name, fork, node, script)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            script = _apply_definition(node.name, source, script)
-    return script
-
-
-def _apply_definition(defined, source, script):
-    """Replaces a function or class, or puts a new one before `main`."""
-    for node in ast.parse(script).body:
-        if getattr(node, "name", None) == defined:
-            return script.replace(_source(script, node), source, 1)
-    return script.replace("\ndef main(args):", f"\n{source}\n\n\ndef main(args):", 1)
-
-
-def _apply_fields(name, fork, args, script):
-    """Sets fields of the script's Args: in their place, or at the head of the algorithm's."""
-    for field in args.body:
-        if isinstance(field, ast.AnnAssign):
-            line = fork.splitlines()[field.lineno - 1]
-            known = re.search(rf"^    {field.target.id}: .*$", script, re.MULTILINE)
-            if known:
-                script = script.replace(known[0], line, 1)
-            else:
-                script = script.replace("    # the algorithm\n", f"    # the algorithm\n{line}\n", 1)
-            if f"args.{field.target.id}" not in script + fork:
-                raise ForkError(f"forks/{name}.py: nothing reads args.{field.target.id}")
-    return script
-
-
-def _source(text, node):
-    """The text of a definition with its decorators."""
-    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+def names():
+    """All forks."""
+    return sorted(path.stem for path in FORKS.glob("*.py") if path.stem != "make")
 
 
 def unused(script):
@@ -101,6 +71,95 @@ def unused(script):
     return [name for name in defined if name not in used]
 
 
+def _read_fork(name):
+    if name not in names():
+        raise ForkError(f"no fork is named {name}; there are {', '.join(names())}")
+    return (FORKS / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _check_apart(forks, texts):
+    """Raises ForkError if two forks change the same: one of them would be lost."""
+    owner = {}
+    for name in forks:
+        for changed in [*_definitions(texts[name]), *(f"--{field}" for field in _fields(texts[name]))]:
+            if changed in owner:
+                raise ForkError(f"{owner[changed]} and {name} both change {changed}: they cannot be combined")
+            owner[changed] = name
+
+
+def _apply(fork, script):
+    for node in ast.parse(fork).body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and _source(fork, node) not in script:
+            script = script.replace("\nimport numpy as np\n", f"\nimport numpy as np\n{_source(fork, node)}\n", 1)
+    known = _fields(script)
+    new = []
+    for field, source in _fields(fork).items():
+        if field in known:
+            script = script.replace(known[field], source, 1)
+        else:
+            new.append(source)
+    if new:
+        script = script.replace("    # the algorithm\n", "    # the algorithm\n" + "\n".join(new) + "\n", 1)
+    for name, source in _definitions(fork).items():
+        known = _definitions(script)
+        if name in known:
+            script = script.replace(known[name], source, 1)
+        else:
+            script = script.replace("\ndef main(args):", f"\n{source}\n\n\ndef main(args):", 1)
+    return script
+
+
+def _without_dead_flags(original, script):
+    """Takes out the fields of Args that the original read and the script does not."""
+    for field, source in _fields(script).items():
+        if _reads(original, field) and not _reads(script, field):
+            script = script.replace(source + "\n", "", 1)
+    return script
+
+
+def _reads(script, field):
+    return re.search(rf"args\.{field}\b", script) is not None
+
+
+def _definitions(text):
+    """{name: source} of the functions, classes and constants of a file, but for Args and BASE."""
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = _source(text, node)
+        if isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = _source(text, node)
+    return {name: source for name, source in found.items() if name not in ("Args", "BASE")}
+
+
+def _fields(text):
+    """{field: source} of a file's Args, the help behind or below it included; {} without Args."""
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    statements = classes[0].body if classes else []
+    fields = {}
+    for node in statements:
+        if isinstance(node, ast.AnnAssign):
+            last = node.target.id
+            fields[last] = _source(text, node)
+        elif isinstance(node, ast.Expr):  # a string below the field
+            fields[last] += "\n" + _source(text, node)
+    return fields
+
+
+def _constant(text, name):
+    """The value of a constant of a file; None if it has none."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    return None
+
+
+def _source(text, node):
+    """The lines of a statement, with its decorators and the comment behind it."""
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+
+
 def main():
     """The command line. Raises ForkError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,11 +167,6 @@ def main():
     parser.add_argument("--base", help="the script to change, by default the one that the fork is made for")
     args = parser.parse_args()
     print(make(args.forks, args.base), end="")
-
-
-def names():
-    """All forks."""
-    return sorted(path.stem for path in FORKS.glob("*.py") if path.stem != "make")
 
 
 if __name__ == "__main__":
