@@ -26,8 +26,8 @@ and `main` its sum.
 
 The objective and its numbers are OLMo 3's (arXiv 2512.13961), which are GRPO (arXiv 2402.03300) without its division by
 the group's standard deviation (as Dr. GRPO, arXiv 2503.20783) and without its KL term, and with the higher ε_high,
-token-level mean and active sampling of DAPO (arXiv 2503.14476). Model and prompts are those of Tülu 3.1, for which
-eight 80 GB cards suffice. Tülu 3.1's objective: --normalize_std --kl_beta 0.01 --clip_high 0.2 --tis_cap 0
+token-level mean and active sampling of DAPO (arXiv 2503.14476). Model and prompts are those of Tülu 3.1, meant
+for eight 80 GB cards. Tülu 3.1's objective: --normalize_std --kl_beta 0.01 --clip_high 0.2 --tis_cap 0
 --active_sampling 0 --batch_size 48 --group_size 16 --minibatches 2 --lr 5e-7.
 
     torchrun --nproc_per_node 8 grpo.py                                           Tülu 3.1 8B on eight GPUs, by FSDP2
@@ -304,7 +304,8 @@ def main(args):
         updates = []  # metrics of each
         for minibatch in minibatches * args.passes:  # the same ones in every pass
             sums = Sums()
-            for places in deal(args, minibatch):
+            for places in deal(args, minibatch):  # places in the minibatch: the samples of one microbatch
+                # Their tokens end to end, T in all. Of each name, microbatch.extras has a number for each token.
                 microbatch = common.pack([minibatch[i].columns(*names) for i in places], device, *names)
                 logprobs, entropy = policy(microbatch, args.temperature)  # (T,), (T,)
                 losses, metrics = policy_loss(args, logprobs, microbatch)  # (T,)
@@ -542,8 +543,7 @@ def read_weights(args, config, model_class):
     wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
     if wrong:
         raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
-    weights = source.state_dict()
-    weights.update(source.named_non_persistent_buffers())  # rotary frequencies: no state dict has them
+    weights = source.state_dict() | dict(source.named_non_persistent_buffers())  # rotary frequencies are of the latter
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise common.RunError(f"model {args.model}: {name} holds values that are not finite")
@@ -778,12 +778,13 @@ def export_model(args, model, chat, path):
     weights = dcp_state.get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:  # which alone has them
         config = load_config(args)  # the source's; a reward model differs in two entries
-        config.num_labels = model.config.num_labels
-        config.pad_token_id = model.config.pad_token_id
+        config.update({"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id})
         with torch.device("meta"):
             skeleton = type(model)(config).to(config.dtype)
         skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
-        skeleton.save_pretrained(path, state_dict={name: weight.to(config.dtype) for name, weight in weights.items()})
+        names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]  # a tied head appears once
+        own = {name: weights.pop(name).to(config.dtype) for name in names if name in weights}
+        skeleton.save_pretrained(path, state_dict=own)
         chat.tokenizer.save_pretrained(path)
         sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(path.iterdir())]
         (path / "SHA256SUMS").write_text("".join(sums))

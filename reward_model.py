@@ -380,8 +380,7 @@ def read_weights(args, config, model_class):
     wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
     if wrong:
         raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
-    weights = source.state_dict()
-    weights.update(source.named_non_persistent_buffers())  # rotary frequencies: no state dict has them
+    weights = source.state_dict() | dict(source.named_non_persistent_buffers())  # rotary frequencies are of the latter
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise common.RunError(f"model {args.model}: {name} holds values that are not finite")
@@ -616,12 +615,13 @@ def export_model(args, model, chat, path):
     weights = dcp_state.get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:  # which alone has them
         config = load_config(args)  # the source's; a reward model differs in two entries
-        config.num_labels = model.config.num_labels
-        config.pad_token_id = model.config.pad_token_id
+        config.update({"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id})
         with torch.device("meta"):
             skeleton = type(model)(config).to(config.dtype)
         skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
-        skeleton.save_pretrained(path, state_dict={name: weight.to(config.dtype) for name, weight in weights.items()})
+        names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]  # a tied head appears once
+        own = {name: weights.pop(name).to(config.dtype) for name in names if name in weights}
+        skeleton.save_pretrained(path, state_dict=own)
         chat.tokenizer.save_pretrained(path)
         sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(path.iterdir())]
         (path / "SHA256SUMS").write_text("".join(sums))

@@ -239,7 +239,7 @@ class Rollouts:
             # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
             if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
                 text = "<think>" + text
-            verifier, ground_truth, weights = json.loads(rows.table[row]["job"])
+            verifier, ground_truth, weights = json.loads(rows.table["job"][row])
             jobs.append((verifier, text, ground_truth, weights))
         verdicts = self.pool.score(jobs)
         samples = []
@@ -264,7 +264,7 @@ class Rollouts:
         """Raises RunError, on every rank, if a verifier does not exist or cannot use the ground truth of a row."""
         mine = self._my_share(range(len(rows)))
         jobs = []
-        for job in rows.table["job"][:][_rank() :: _world()]:
+        for job in self._my_share(rows.table["job"][:]):
             verifier, ground_truth, weights = json.loads(job)
             jobs.append((verifier, "", ground_truth, weights))
         problems = [(mine[i], message) for i, message in self.pool.check(jobs).items()]

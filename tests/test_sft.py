@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
+from conftest import assistant, chat, shared, tokenizer_folder, user, write_jsonl
 from launch import ROOT, call, metrics, run, start, trace
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import sft
 from common import RunError
@@ -162,8 +163,6 @@ def test_errors_are_one_line(tiny_model, tmp_path):
 
 def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_path, caplog):
     """A missing weight (transformers only warns), a surplus one, a NaN and a wrong shape are named before training starts."""
-    from safetensors.torch import load_file, save_file
-
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
     for number, (name, damage) in enumerate([
         ("model.layers.1.self_attn.q_proj.weight", lambda w, n: w.pop(n)),
@@ -230,6 +229,22 @@ def test_every_architecture_survives_sharding_and_export(tmp_path):
     shutil.copytree(tokenizer_folder("byte_level"), tmp_path / "tokenizer")
     stdout, _ = run("tests/roundtrip.py", 2, positional=[tmp_path])
     assert stdout.count("agree") == 10
+
+
+def test_a_tied_head_is_exported_once(tmp_path):
+    """A bf16 model with tied embeddings is exported with the names and precision of its source, no more."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder("byte_level"))
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size)
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"What is {i} + 3?", f"It is {i + 3}.") for i in range(4)])
+    call(sft, model=source, chat_template="tulu", data=[rows], out=tmp_path / "run", max_length=64, batch_size=4)
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "run" / "model"))
+    assert "lm_head.weight" not in before
+    assert {name: (t.shape, t.dtype) for name, t in after.items()} == {name: (t.shape, t.dtype) for name, t in before.items()}
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])  # it was trained
 
 
 def test_two_machines_of_two_processes(gsm8k, reference, tmp_path):
