@@ -676,7 +676,7 @@ def export_model(args, model, chat, path):
         with torch.device("meta"):
             skeleton = type(model)(config).to(config.dtype)
         skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
-        names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]  # a tied head appears once
+        names = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied head appears once
         own = {name: weights.pop(name).to(config.dtype) for name in names if name in weights}
         skeleton.save_pretrained(path, state_dict=own)
         chat.tokenizer.save_pretrained(path)
