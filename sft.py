@@ -223,8 +223,7 @@ class Sums:
 
     def over_ranks(self, count=1):
         """{name: sum / count}, as floats."""
-        totals = all_sum(*self.values.values())
-        return {name: total / count for name, total in zip(self.values, totals, strict=True)}
+        return {name: total / count for name, total in zip(self.values, all_sum(*self.values.values()), strict=True)}
 
 
 def all_sum(*values):
@@ -239,11 +238,9 @@ def setup_distributed(args):
     """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
     faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a process hangs
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
-    device = torch.device("cpu")
-    backend = "gloo"
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
@@ -315,9 +312,8 @@ def load_model(args, config, model_class, module_class, device, mesh):
     if args.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # older name
         enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
+    precision = MixedPrecisionPolicy(**dtypes)
     torch._dynamo.config.recompile_limit = 64  # graphs of a layer: kinds, shapes, gradient or none; then it gives up
     for layer in model.base_model.layers:
         if args.compile:
@@ -517,11 +513,13 @@ class Run:
 
     def finish(self, module):
         """Publishes the final model as OUT/model, which marks the run as finished."""
-        partial = self.out / "model.tmp"
-        export_model(self.args, module.model, self.chat, partial)
+        export_model(self.args, module.model, self.chat, self.out / "model.tmp")
         if self.is_rank0:
-            sync_to_disk(partial)
-            partial.rename(self.out / "model")
+            sync_to_disk(self.out / "model.tmp")
+            (self.out / "model.tmp").rename(self.out / "model")
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
         dist.destroy_process_group()
 
 
@@ -580,3 +578,5 @@ if __name__ == "__main__":
         main(parse_args())
     except common.RunError as error:
         sys.exit(f"error: {error}")
+    sys.stdout.flush()
+    os._exit(0)  # at once: while Python takes itself down, a thread of the process group now and then aborts it
