@@ -62,6 +62,7 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to 0 after the warm-up, or none
     warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay rates of the gradient's mean and square
+    adam_eps: float = 1e-8  # AdamW's ε, added to the root of that mean square
     weight_decay: float = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: float = 1.0  # clip the gradient to this norm; 0 does not clip
     batch_size: int = 128  # rows (conversations, pairs or prompts) per step, over all ranks and microbatches
@@ -189,7 +190,7 @@ def make_optimizer(args, module):
     vectors = [parameter for parameter in module.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=args.adam_betas, fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=args.adam_betas, eps=args.adam_eps, fused=True)
 
 
 def learning_rate(args, step, num_steps):

@@ -69,6 +69,25 @@ def test_golden_trajectory(reference):
     assert_same_trajectory(trace(out), golden["trace"], 1e-6)
 
 
+def test_the_optimizer_is_adamw():
+    """Three steps in plain Python, written once more from AdamW's paper (arXiv 1711.05101), with an ε that matters."""
+    args = sft.Args(lr=0.1, adam_betas=(0.8, 0.9), adam_eps=0.5, weight_decay=0.25)
+    module = torch.nn.Linear(1, 1).double()
+    weights = {name: parameter.item() for name, parameter in module.named_parameters()}  # a matrix and a vector
+    optimizer = sft.make_optimizer(args, module)
+    mean, square = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+    for step, gradient in enumerate((0.3, -2.0, 0.7), start=1):
+        for name, parameter in module.named_parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+            mean[name] = 0.8 * mean[name] + 0.2 * gradient
+            square[name] = 0.9 * square[name] + 0.1 * gradient**2
+            update = mean[name] / (1 - 0.8**step) / (math.sqrt(square[name] / (1 - 0.9**step)) + 0.5)
+            decay = 0.25 * weights[name] if name == "weight" else 0.0
+            weights[name] -= 0.1 * (update + decay)
+        optimizer.step()
+    assert {name: p.item() for name, p in module.named_parameters()} == pytest.approx(weights, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "processes, flags",
     [
