@@ -90,6 +90,7 @@ class Args:
     seed: int = 1  # decides the order of the data and everything else that is random
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
+    stop_step: int | None = None  # save and stop after this many steps; the same command without it goes on
     keep: int = 2  # newest checkpoints kept; 0 keeps all
     tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
@@ -196,7 +197,7 @@ def main(args):
     if run.is_eval_due(0):
         run.log({"step": 0, **evaluate(args, model, eval_rows, device)})
 
-    for step in range(run.first_step, num_steps):
+    for step in range(run.first_step, run.end_step):
         run.begin(step)  # starts the clock, seeds what is random
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's pairs
 
@@ -283,11 +284,8 @@ def learning_rate(args, step, num_steps):
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, num_steps - warmup)
-    if args.lr_schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    if args.lr_schedule == "linear":
-        return args.lr * (1 - progress)
-    return args.lr
+    shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    return args.lr * shapes[args.lr_schedule]
 
 
 def clip_gradient(args, module):
@@ -330,7 +328,7 @@ def setup_distributed(args):
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
     world = dist.get_world_size()
-    if args.batch_size % world:
+    if args.batch_size % world and not vars(args).get("batch_tokens"):
         raise common.RunError(f"--batch_size {args.batch_size} is not divisible by the {world} processes")
     torch.manual_seed(args.seed)  # of a new score head; what a step draws is seeded by Run.begin
     if args.shard == "full":
@@ -417,15 +415,12 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
 
 # Flags that may differ when a run is continued: they do not change what is computed.
-RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "keep", "shard", "attn", "compile",
-                 "activation_checkpointing", "track"}  # fmt: skip
+RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "stop_step", "keep", "shard", "attn",
+                 "compile", "activation_checkpointing", "track"}  # fmt: skip
 
 
 class Run:
-    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it holds another run.
-
-    A checkpoint is written as step_N.tmp, flushed to disk and renamed when it is whole. OUT/model marks the end.
-    """
+    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it holds another run."""
 
     def __init__(self, args, chat, rows, eval_rows, num_steps):
         self.args = args
@@ -433,6 +428,7 @@ class Run:
         self.rows = rows
         self.eval_rows = eval_rows
         self.num_steps = num_steps
+        self.end_step = num_steps if args.stop_step is None else min(num_steps, args.stop_step)
         self.out = Path(args.out)
         self.is_rank0 = dist.get_rank() == 0
         self.signals = []  # SIGTERM: finish the step, save, exit
@@ -555,12 +551,12 @@ class Run:
         return all_sum(len(self.signals))[0] > 0
 
     def save_if_due(self, done, module, optimizer, state=None):
-        """After so many steps: saves every --save_every steps; after SIGTERM at once, and exits."""
+        """After so many steps: saves every --save_every steps and at --stop_step; after SIGTERM at once, and exits."""
         if done == self.num_steps:
             return  # `finish` comes next
         if self.is_stopping():
             self.leave(done, module, optimizer, state)
-        if self.args.save_every and done % self.args.save_every == 0:
+        if done == self.end_step or (self.args.save_every and done % self.args.save_every == 0):
             self.save(done, module, optimizer, state)
 
     def leave(self, done, module, optimizer, state=None):
@@ -570,7 +566,7 @@ class Run:
         sys.exit(128 + signal.SIGTERM)
 
     def save(self, done, module, optimizer, state=None):
-        """Makes checkpoints/step_N: sharded weights, optimizer and each rank's `state` to resume from, and model/."""
+        """Makes checkpoints/step_N, by renaming it when it is whole and on disk: what `resume` loads, and model/."""
         final = self.out / "checkpoints" / f"step_{done}"
         partial = final.with_suffix(".tmp")
         on_rank0(partial.mkdir)
@@ -597,11 +593,15 @@ class Run:
         on_rank0(publish)
 
     def finish(self, module):
-        """Publishes the final model as OUT/model, which marks the run as finished."""
-        export_model(self.args, module.model, self.chat, self.out / "model.tmp")
-        if self.is_rank0:
+        """Publishes the final model as OUT/model, which marks the run as finished; not at --stop_step."""
+        is_whole = self.end_step == self.num_steps
+        if is_whole:
+            export_model(self.args, module.model, self.chat, self.out / "model.tmp")
+        if self.is_rank0 and is_whole:
             sync_to_disk(self.out / "model.tmp")
             (self.out / "model.tmp").rename(self.out / "model")
+        elif self.is_rank0:
+            print(f"stopped at --stop_step {self.args.stop_step}: the same command without it goes on")
         self.bar.close()
         if self.wandb:
             self.wandb.finish()

@@ -66,6 +66,7 @@ class Args:
     weight_decay: float = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: float = 1.0  # clip the gradient to this norm; 0 does not clip
     batch_size: int = 128  # rows (conversations, pairs or prompts) per step, over all ranks and microbatches
+    batch_tokens: int | None = None  # tokens per step, in place of --batch_size: as many rows as they take
     epochs: float = 2.0  # passes over the training data
     steps: int | None = None  # stop after this many steps, if that is sooner
     max_length: int = 4096  # longest sequence, in tokens
@@ -85,6 +86,7 @@ class Args:
     seed: int = 1  # decides the order of the data and everything else that is random
     eval_every: int = 100  # steps between evaluations on --eval_data (also before the first and after the last)
     save_every: int = 500  # steps between checkpoints; 0 saves none but the final model
+    stop_step: int | None = None  # save and stop after this many steps; the same command without it goes on
     keep: int = 2  # newest checkpoints kept; 0 keeps all
     tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
@@ -131,9 +133,10 @@ def main(args):
         template = "tulu"  # the default model is a base model, which has none of its own
     chat = common.ChatFormat(common.load_tokenizer(args.model, template), args.content_tokens)
     encode = common.SftEncoder(chat, config.vocab_size, args.max_length, args.overlong)
-    rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
+    rows, eval_rows = common.load_data(args, encode, at_least=1 if args.batch_tokens else args.batch_size)
     total_rows = math.ceil(args.epochs * len(rows))  # rows seen in the whole run
-    num_steps = math.ceil(total_rows / args.batch_size)
+    edges = batch_edges(args, rows, total_rows)  # step s takes the rows edges[s] to edges[s + 1] of their stream
+    num_steps = len(edges) - 1
     if args.steps is not None:
         num_steps = min(num_steps, args.steps)
     run = Run(args, chat, rows, eval_rows, num_steps)
@@ -145,9 +148,9 @@ def main(args):
     if run.is_eval_due(0):
         run.log({"step": 0, **evaluate(args, policy, eval_rows, device)})
 
-    for step in range(run.first_step, num_steps):
+    for step in range(run.first_step, run.end_step):
         run.begin(step)  # starts the clock, seeds what is random
-        indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's rows
+        indices = common.stream(len(rows), args.seed, range(edges[step], edges[step + 1]))  # the batch's rows
         num_trained = int(rows.trained[indices].sum())  # Σ_t m_t, of all ranks and microbatches                 (1)
 
         # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
@@ -181,6 +184,26 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Batches of rows, or of so many tokens.
+
+
+def batch_edges(args, rows, total_rows):
+    """Where in the endless stream of shuffled rows the batches begin, and where the last one ends: (steps + 1,).
+
+    With --batch_tokens B, step s has the rows that begin with one of the tokens sB … (s + 1)B - 1 of the stream.
+    """
+    if args.batch_tokens is None:
+        return np.append(np.arange(0, total_rows, args.batch_size), total_rows)
+    longest = rows.lengths.max()
+    if longest > args.batch_tokens:
+        raise common.RunError(f"--batch_tokens {args.batch_tokens} is less than the longest row has: {longest}")
+    lengths = rows.lengths[common.stream(len(rows), args.seed, range(total_rows))]  # (total_rows,)
+    first_tokens = np.cumsum(lengths) - lengths  # (total_rows,) where in the stream of tokens each row begins
+    starts = np.searchsorted(first_tokens, np.arange(0, first_tokens[-1] + 1, args.batch_tokens))  # no batch is empty
+    return np.append(starts, total_rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Plumbing: optimizer, sums, processes, models, files. Nobody has to read it: the same text in every script, by design.
 
 
@@ -199,11 +222,8 @@ def learning_rate(args, step, num_steps):
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, num_steps - warmup)
-    if args.lr_schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    if args.lr_schedule == "linear":
-        return args.lr * (1 - progress)
-    return args.lr
+    shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    return args.lr * shapes[args.lr_schedule]
 
 
 def clip_gradient(args, module):
@@ -246,7 +266,7 @@ def setup_distributed(args):
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
     world = dist.get_world_size()
-    if args.batch_size % world:
+    if args.batch_size % world and not vars(args).get("batch_tokens"):
         raise common.RunError(f"--batch_size {args.batch_size} is not divisible by the {world} processes")
     torch.manual_seed(args.seed)  # of a new score head; what a step draws is seeded by Run.begin
     if args.shard == "full":
@@ -333,15 +353,12 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
 
 # Flags that may differ when a run is continued: they do not change what is computed.
-RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "keep", "shard", "attn", "compile",
-                 "activation_checkpointing", "track"}  # fmt: skip
+RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "stop_step", "keep", "shard", "attn",
+                 "compile", "activation_checkpointing", "track"}  # fmt: skip
 
 
 class Run:
-    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it holds another run.
-
-    A checkpoint is written as step_N.tmp, flushed to disk and renamed when it is whole. OUT/model marks the end.
-    """
+    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it holds another run."""
 
     def __init__(self, args, chat, rows, eval_rows, num_steps):
         self.args = args
@@ -349,6 +366,7 @@ class Run:
         self.rows = rows
         self.eval_rows = eval_rows
         self.num_steps = num_steps
+        self.end_step = num_steps if args.stop_step is None else min(num_steps, args.stop_step)
         self.out = Path(args.out)
         self.is_rank0 = dist.get_rank() == 0
         self.signals = []  # SIGTERM: finish the step, save, exit
@@ -471,12 +489,12 @@ class Run:
         return all_sum(len(self.signals))[0] > 0
 
     def save_if_due(self, done, module, optimizer, state=None):
-        """After so many steps: saves every --save_every steps; after SIGTERM at once, and exits."""
+        """After so many steps: saves every --save_every steps and at --stop_step; after SIGTERM at once, and exits."""
         if done == self.num_steps:
             return  # `finish` comes next
         if self.is_stopping():
             self.leave(done, module, optimizer, state)
-        if self.args.save_every and done % self.args.save_every == 0:
+        if done == self.end_step or (self.args.save_every and done % self.args.save_every == 0):
             self.save(done, module, optimizer, state)
 
     def leave(self, done, module, optimizer, state=None):
@@ -486,7 +504,7 @@ class Run:
         sys.exit(128 + signal.SIGTERM)
 
     def save(self, done, module, optimizer, state=None):
-        """Makes checkpoints/step_N: sharded weights, optimizer and each rank's `state` to resume from, and model/."""
+        """Makes checkpoints/step_N, by renaming it when it is whole and on disk: what `resume` loads, and model/."""
         final = self.out / "checkpoints" / f"step_{done}"
         partial = final.with_suffix(".tmp")
         on_rank0(partial.mkdir)
@@ -513,11 +531,15 @@ class Run:
         on_rank0(publish)
 
     def finish(self, module):
-        """Publishes the final model as OUT/model, which marks the run as finished."""
-        export_model(self.args, module.model, self.chat, self.out / "model.tmp")
-        if self.is_rank0:
+        """Publishes the final model as OUT/model, which marks the run as finished; not at --stop_step."""
+        is_whole = self.end_step == self.num_steps
+        if is_whole:
+            export_model(self.args, module.model, self.chat, self.out / "model.tmp")
+        if self.is_rank0 and is_whole:
             sync_to_disk(self.out / "model.tmp")
             (self.out / "model.tmp").rename(self.out / "model")
+        elif self.is_rank0:
+            print(f"stopped at --stop_step {self.args.stop_step}: the same command without it goes on")
         self.bar.close()
         if self.wandb:
             self.wandb.finish()

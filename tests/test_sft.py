@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import assistant, chat, shared, tokenizer_folder, user, write_jsonl
@@ -12,6 +13,7 @@ from launch import ROOT, call, metrics, run, start, trace
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import common
 import sft
 from common import RunError
 
@@ -160,6 +162,84 @@ def test_a_folder_with_another_run_is_refused(reference, gsm8k, tmp_path, change
     with pytest.raises(RunError, match=f"holds another run.*{next(iter(change))}"):
         call(sft, out=out, **in_process(gsm8k | change))
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------- batches of so many tokens
+
+
+@pytest.mark.parametrize("budget", [20, 50, 1000, 10**6])
+def test_batches_of_tokens(budget):
+    """Row by row: a batch ends with the row that brings the tokens of all batches to the next multiple of the budget."""
+    lengths = np.random.default_rng(budget).integers(1, 21, 130)
+    rows = common.Rows([None] * 130, [], lengths, lengths, [], "")
+    args = sft.Args(batch_tokens=budget, seed=3)
+    edges = sft.batch_edges(args, rows, total_rows=300)
+    batches, total = [[]], 0
+    for row in common.stream(130, 3, range(300)).tolist():
+        if total >= budget * len(batches):
+            batches.append([])
+        batches[-1].append(row)
+        total += lengths[row]
+    assert [len(batch) for batch in batches] == np.diff(edges).tolist() and edges[0] == 0
+    tokens = [sum(lengths[batch]) for batch in batches]
+    assert all(abs(count - budget) < 20 for count in tokens[:-1]) and tokens[-1] < budget + 20
+
+
+def test_batches_of_rows_are_those_of_the_other_scripts():
+    rows = common.Rows([None] * 10, [], None, None, [], "")
+    edges = sft.batch_edges(sft.Args(batch_size=4), rows, total_rows=27)
+    for step in range(len(edges) - 1):
+        batch = common.stream(10, 1, range(edges[step], edges[step + 1]))
+        assert batch.tolist() == common.batch_indices(10, 4, 1, step, total_rows=27).tolist()
+    assert edges[-1] == 27
+
+
+@pytest.fixture(scope="module")
+def by_tokens(gsm8k, tmp_path_factory):
+    """(flags, folder) of a run whose steps have about 700 tokens. 5 rows could not be divided among 2 processes."""
+    flags = gsm8k | {"batch_tokens": 700, "batch_size": 5, "epochs": 1.0, "steps": 1000, "eval_every": 5}
+    out = tmp_path_factory.mktemp("by_tokens") / "run"
+    run("sft.py", out=out, **flags)
+    return flags, out
+
+
+def test_the_schedule_follows_from_the_tokens(by_tokens):
+    flags, out = by_tokens
+    steps = [entry for entry in metrics(out) if entry["step"]]
+    assert sum(entry["tokens"] for entry in steps[:-1]) == pytest.approx(700 * (len(steps) - 1), abs=256)
+    assert len({entry["tokens"] for entry in steps}) > 5 and all(abs(entry["tokens"] - 700) < 256 for entry in steps[:-1])
+    args = sft.Args(lr=flags["lr"])
+    assert [entry["lr"] for entry in steps] == [sft.learning_rate(args, step, len(steps)) for step in range(len(steps))]
+
+
+def test_processes_do_not_change_batches_of_tokens(by_tokens, tmp_path):
+    flags, out = by_tokens
+    run("sft.py", 2, out=tmp_path / "run", **flags | {"tokens_per_microbatch": 300})
+    assert_same_trajectory(trace(tmp_path / "run"), trace(out), 1e-6)
+
+
+def test_no_batch_can_be_empty(by_tokens, tmp_path):
+    with pytest.raises(RunError, match="--batch_tokens 100 is less than the longest row has"):
+        call(sft, out=tmp_path / "run", **in_process(by_tokens[0] | {"batch_tokens": 100}))
+
+
+# ------------------------------------------------------------------------------------- a run that is shorter than its schedule
+
+
+def test_stop_step_stops_and_the_rest_is_the_same(gsm8k, tmp_path, capfd):
+    """Stopped twice, and told to stop where it has stopped already: learning rates and losses are those of one run."""
+    flags = in_process(gsm8k | {"batch_tokens": 900, "steps": 12, "eval_every": 4})
+    call(sft, out=tmp_path / "whole", **flags)
+    out = tmp_path / "run"
+    for stop, folders in ((5, {"step_5"}), (5, {"step_5"}), (8, {"step_5", "step_8"})):
+        call(sft, out=out, **flags | {"stop_step": stop})
+        assert f"stopped at --stop_step {stop}: the same command without it goes on" in capfd.readouterr().out
+        assert trace(out) == trace(tmp_path / "whole")[: stop + 1]  # and the evaluation before the first step
+        assert {path.name for path in (out / "checkpoints").iterdir()} == folders and not (out / "model").exists()
+    call(sft, out=out, **flags | {"stop_step": 99})
+    assert trace(out) == trace(tmp_path / "whole")
+    models = [(path / "model" / "model.safetensors").read_bytes() for path in (out, tmp_path / "whole")]
+    assert models[0] == models[1]
 
 
 def test_errors_are_one_line(tiny_model, tmp_path):
