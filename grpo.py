@@ -1,7 +1,8 @@
 """Group relative policy optimisation with verifiable rewards: sample, judge, and make the better answers likelier.
 
-For a prompt x the policy samples a group of G completions y, and verifiers give each a reward r, from 0 to 1. The
-advantage of a completion is how much its reward exceeds the group's mean. It is the advantage A_t of all its tokens:
+For a prompt x the policy samples a group of G completions y, and verifiers give each a reward r, from 0 to 1 (with
+--no_eos_score, one without end token gets that instead). The advantage of a completion is how much its reward exceeds
+the group's mean. It is the advantage A_t of all its tokens:
 
     A_i = r_i - mean_j r_j                     A_t = A_i for the tokens y_t of completion i                      (1)
     ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                                                                (2)
@@ -81,6 +82,7 @@ from rewards.environment import JudgedCompletion, Rollouts, flatten, rollout_met
 @dataclass
 class Args:
     # the algorithm
+    no_eos_score: float | None = None  # score of a completion without end token; None: scored like the others
     group_size: int = 8  # G, completions sampled for each prompt
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     normalize_std: bool = False  # divide advantages by the standard deviation of the group's rewards
@@ -167,16 +169,23 @@ class Sample(JudgedCompletion):  # has reward, ended, behaviour_logprobs (N,), a
         return {"advantage": self.advantages}
 
 
+def score(args, sample):
+    """r of a completion."""
+    if args.no_eos_score is not None and not sample.ended:
+        return args.no_eos_score
+    return sample.reward
+
+
 def is_kept(args, group):
     """Whether to train on a group: if its rewards differ, and without active sampling always."""
-    return not args.active_sampling or len({sample.reward for sample in group}) > 1
+    return not args.active_sampling or len({score(args, sample) for sample in group}) > 1
 
 
 def set_advantages(args, group):
     """Equation (1) for the G samples of a prompt."""
-    rewards = np.array([sample.reward for sample in group])  # (G,)
+    rewards = np.array([score(args, sample) for sample in group])  # (G,)
     advantages = rewards - rewards.mean()  # (G,)                                                                (1)
-    if len({sample.reward for sample in group}) == 1:
+    if len(set(rewards)) == 1:
         advantages[:] = 0  # exactly: the mean of equal numbers may be off by a rounding
     if args.normalize_std:
         advantages /= rewards.std(ddof=1) + 1e-4

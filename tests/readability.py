@@ -36,7 +36,7 @@ MAY_DIFFER = {
 # Flags whose default is the paper's for that algorithm, or what fits 80 GB; type and help are the same everywhere.
 OWN_DEFAULTS = {
     "lr", "lr_schedule", "warmup_ratio", "batch_size", "epochs", "max_length", "weight_decay", "overlong", "group_size",
-    "clip_high", "kl_beta", "passes", "model", "data", "out", "slots", "activation_checkpointing",
+    "clip_high", "kl_beta", "passes", "model", "data", "out", "slots", "activation_checkpointing", "no_eos_score",
 }  # fmt: skip
 
 PLUMBING = "# Plumbing: optimizer, sums, processes, models, files. Nobody has to read it: the same text in every script, by design."

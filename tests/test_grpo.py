@@ -134,6 +134,18 @@ def test_advantages(normalize_std):
     assert [sample.advantages for sample in equal] == [0.0] * 3  # exactly
 
 
+@pytest.mark.parametrize(("no_eos_score", "scores"), [(None, [1, 1, 1, 1]), (0.0, [1, 0, 1, 0]), (-1.0, [1, -1, 1, -1])])
+def test_completions_without_an_end(no_eos_score, scores):
+    """They are judged right like the others; what they get instead makes the group one to learn from."""
+    args = dataclasses.replace(ARGS, no_eos_score=no_eos_score)
+    group = samples([1.0] * 4, [1, 1, 1, 1])
+    group[1].ended = group[3].ended = False
+    grpo.set_advantages(args, group)
+    assert [sample.advantages for sample in group] == pytest.approx([score - sum(scores) / 4 for score in scores])
+    assert grpo.is_kept(args, group) == (no_eos_score is not None)
+    assert [sample.reward for sample in group] == [1.0] * 4  # what is logged
+
+
 @pytest.mark.parametrize(
     ("fork", "expected"),
     [(None, [1 / 10] * 4), ("sequence_mean", [1 / 4, 1 / 8, 1 / 12, 1 / 16]), ("dr_grpo", [1 / 64] * 4)],
@@ -151,7 +163,7 @@ def test_overlong_penalty():
     script = forked("overlong_penalty")
     args = script.Args(max_new_tokens=16, overlong_buffer=4)
     group = samples([1.0] * 5, [3, 12, 13, 14, 16])
-    assert [script.shaped_reward(args, sample) for sample in group] == [1.0, 1.0, 0.75, 0.5, 0.0]
+    assert [script.score(args, sample) for sample in group] == [1.0, 1.0, 0.75, 0.5, 0.0]
     assert script.is_kept(args, group) and not grpo.is_kept(ARGS, group) and not script.is_kept(args, group[:2])
     script.set_advantages(args, group)
     assert [sample.advantages for sample in group] == pytest.approx([0.35, 0.35, 0.1, -0.15, -0.65])
