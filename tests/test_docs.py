@@ -1,0 +1,89 @@
+"""What the pages promise: their commands parse, and what docs/grpo.md says of the gradient of k3 is so."""
+
+import importlib
+import re
+import shlex
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import tyro
+from conftest import ROOT
+
+import grpo
+
+sys.path.insert(0, str(ROOT / "forks"))
+import make  # noqa: E402
+
+SCRIPTS = ("sft", "reward_model", "dpo", "grpo", "ppo_rlvr")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page):
+    """The commands in the blocks of a page: a list of words each."""
+    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith(("python ", "torchrun ")):
+                yield shlex.split(line, comments=True)
+
+
+def fork(words):
+    """The module that `python forks/make.py ... > FILE` makes."""
+    base = words[words.index("--base") + 1] if "--base" in words else None
+    names = [word for word in words[2 : words.index(">")] if word not in ("--base", base)]
+    module = sys.modules["made_for_docs"] = ModuleType("made_for_docs")
+    exec(compile(make.make(names, base), words[-1], "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_parse(page):
+    modules = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS}
+    for words in commands(page):
+        script = next((word for word in words if word.endswith(".py")), None)
+        if script == "forks/make.py" and ">" in words:
+            modules[words[-1]] = fork(words)
+        elif script in modules and "--help" not in words:
+            flags = words[words.index(script) + 1 :]
+            try:
+                tyro.cli(modules[script].Args, args=flags, use_underscores=True)
+            except SystemExit:
+                pytest.fail(f"{page.name}: {shlex.join(words)}")
+        else:
+            assert script is None or "/" in script or "--help" in words, f"{page.name}: no {script}"
+
+
+def test_commands_are_found():
+    found = {page.stem: len(list(commands(page))) for page in PAGES}
+    assert all(found[name] for name in (*SCRIPTS, "README")), found
+
+
+def test_gradient_of_k3():
+    """Equations (6) to (9) of docs/grpo.md and the repairs it names, in one state, by grpo.py's policy_loss."""
+    torch.manual_seed(0)
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(50, dtype=torch.float64).log_softmax(0)
+    old = torch.randn(50, dtype=torch.float64).softmax(0)
+    log_pi = logits.log_softmax(0)
+    pi = log_pi.exp()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+
+    numbers = {"advantages": torch.zeros(50), "behaviour_logprobs": log_pi.detach(), "ref_logprobs": ref}
+    tokens = SimpleNamespace(targets=torch.arange(50), extras=numbers)  # each token of the vocabulary once
+    k3, metrics = grpo.policy_loss(grpo.Args(kl_beta=1.0), log_pi, tokens)
+
+    forward = gradient(ref.exp() * (ref - log_pi))  # ∇ KL(π_ref || π)
+    reverse = gradient(pi * (log_pi - ref))  # ∇ KL(π || π_ref)
+    rho = pi / old
+    torch.testing.assert_close((pi * metrics["ref_kl"]).sum(), (pi * (log_pi - ref)).sum())  # the value is unbiased
+    torch.testing.assert_close(gradient(pi.detach() * k3), forward)  # (7)
+    torch.testing.assert_close(forward, pi.detach() - ref.exp())
+    torch.testing.assert_close(gradient(pi.detach() * k3.detach() * log_pi), reverse - forward)  # (9)
+    torch.testing.assert_close(gradient(old * rho.detach() * k3), forward)
+    torch.testing.assert_close(gradient(old * rho * k3), reverse)
+    torch.testing.assert_close(gradient(old * rho.detach() * (ref - log_pi) ** 2 / 2), reverse)
+    off_policy = gradient(old * k3)
+    assert min((off_policy - known).norm() / known.norm() for known in (forward, reverse)) > 0.1
