@@ -10,33 +10,40 @@ A *sequence* is token ids and, for each, whether it is trained on. A *microbatch
 to end. Nothing is padded.
 """
 
+import ast
 import glob
 import hashlib
 import heapq
+import inspect
 import json
 import math
 import os
 import re
-from collections import Counter
+import sys
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import jinja2
 import numpy as np
+import pyarrow.compute as pc
+import tokenizers
 import torch
+import transformers
 from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 datasets.disable_progress_bars()  # leave the terminal to the training bar
 transformers_logging.disable_progress_bar()
 
 IGNORE = -100  # target of a token that is not trained on
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment")
 
 
 class RunError(Exception):
@@ -269,32 +276,41 @@ class Encoder:
     Args:
         chat: the ChatFormat. vocab_size: rows of the model's embedding, which every id must be below.
         max_length: longest sequence, in tokens. overlong: "truncate" longer ones (counted) or "drop" them (counted).
+        train_turns: which assistant turns of a conversation are trained on, "all" or the "last".
+
+    Raises:
+        RunError: the chat template cannot say which tokens are the assistant's.
     """
 
     features = {
         "input_ids": datasets.List(datasets.Value("int32")),
         "trained": datasets.List(datasets.Value("bool")),
     }
+    needs_mask = True
 
-    def __init__(self, chat, vocab_size, max_length, overlong):
+    def __init__(self, chat, vocab_size, max_length, overlong, train_turns="all"):
+        if self.needs_mask and chat.untrainable:
+            raise RunError(chat.untrainable)
         self.chat = chat
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.overlong = overlong
-        self.key = json.dumps([type(self).__name__, chat.key, vocab_size, max_length, overlong])
+        self.train_turns = train_turns
+        self.key = json.dumps([type(self).__name__, chat.key, vocab_size, max_length, overlong, train_turns])
 
 
 class SftEncoder(Encoder):
-    """Row {messages, tools?} → one sequence, in which every assistant turn is trained on."""
+    """Row {messages, tools?, chat_template_kwargs?} → one sequence, with the assistant's turns trained on.
+
+    In place of `messages`: `conversations` (role/content or from/value), or `prompt` and `completion`.
+    """
 
     def __call__(self, row):
         """Raises ValueError and Skip."""
-        _check_fields(row, "messages")
-        messages = row["messages"]
-        check_messages(messages)
+        messages = read_conversation(row)
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError("messages has no assistant turn: there is nothing to train on")
-        ids, trained, notes = encode_conversation(self, messages, parse_tools(row))
+        ids, trained, notes = encode_conversation(self, messages, row, self.train_turns == "last")
         return {"input_ids": ids, "trained": trained, "notes": notes}
 
 
@@ -318,15 +334,15 @@ class PairEncoder(Encoder):
         rejected = self._conversation(row, "rejected")
         if chosen[:-1] != rejected[:-1]:
             raise Skip("chosen and rejected differ before their last turn")
-        tools = parse_tools(row)
-        margin = row.get("margin", 0.0)
+        margin = row.get("margin")
+        margin = 0.0 if margin is None else margin
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
             raise ValueError(f"margin is {margin!r}, expected a finite number")
-        subset = row.get("subset", "")
+        subset = row.get("subset") or ""
         if not isinstance(subset, str):
             raise ValueError(f"subset is {_kind(subset)}, expected a string")
-        ids, trained, notes = encode_conversation(self, chosen, tools, last_turn_only=True)
-        rejected_ids, rejected_trained, rejected_notes = encode_conversation(self, rejected, tools, last_turn_only=True)
+        ids, trained, notes = encode_conversation(self, chosen, row, last_turn_only=True)
+        rejected_ids, rejected_trained, rejected_notes = encode_conversation(self, rejected, row, last_turn_only=True)
         if ids == rejected_ids:
             if chosen == rejected:
                 raise Skip("chosen and rejected are the same")
@@ -343,49 +359,44 @@ class PairEncoder(Encoder):
     @staticmethod
     def _conversation(row, field):
         """The whole conversation with `field`'s answer."""
-        answer = row.get(field)
         prompt = row.get("prompt")
-        if answer is None:
-            raise ValueError(f"{field} is missing or null; the row has {_fields_of(row)}")
-        if isinstance(answer, str):
-            if prompt is None:
-                raise ValueError(f"{field} is a string, so the row needs a field 'prompt'")
-            answer = [{"role": "assistant", "content": answer}]
-        check_messages(answer, field)
+        if row.get(field) is None:
+            raise ValueError(f"{field} is missing or null; {_columns(row)}")
+        if isinstance(row[field], str) and prompt is None:
+            raise ValueError(f"{field} is a string, so the row needs a field 'prompt'; {_columns(row)}")
+        answer = read_messages(row[field], field, "assistant")
         first = answer[0]["role"]
         last = answer[-1]["role"]
         if last != "assistant":
             raise ValueError(f"{field} ends with a {last} message, expected the assistant's answer")
-        if first in ("system", "user"):
+        if first != "assistant":
             return answer  # a whole conversation already; a prompt beside it is a copy
         if prompt is None:
             raise ValueError(f"{field} begins with a {first} message, so the row needs a field 'prompt'")
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        check_messages(prompt, "prompt")
-        return [*prompt, *answer]
+        return [*read_messages(prompt, "prompt", "user"), *answer]
 
 
 class PromptEncoder(Encoder):
-    """Row {messages, dataset, ground_truth, weights?, tools?} → the prompt, and as JSON what an answer is judged by.
+    """Row {messages or prompt, dataset, ground_truth, weights?, tools?} → the prompt, and as JSON what judges answers.
 
     A last assistant turn is left out of the prompt. `max_length` is that of prompts, and longer ones are dropped: a
-    truncated question is another one. `overlong` is not used.
+    truncated question is another one. `overlong` is not used. Any template that renders a prompt will do.
     """
 
     features = {**Encoder.features, "job": datasets.Value("string")}
+    needs_mask = False
 
     def __call__(self, row):
         """Raises ValueError and Skip."""
-        _check_fields(row, "messages", "dataset", "ground_truth")
-        messages = row["messages"]
-        tools = parse_tools(row)
-        check_messages(messages)
+        messages = read_conversation({**row, "completion": row.get("completion") or []})
+        for field in ("dataset", "ground_truth"):
+            if row.get(field) is None:
+                raise ValueError(f"no field {field!r}; {_columns(row)}")
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        if not messages or messages[-1]["role"] not in ("user", "tool"):
+        if not messages or messages[-1]["role"] in ("system", "developer", "assistant"):
             raise ValueError("messages has no question: a prompt ends with a user's or a tool's message")
-        ids = self.chat.prompt(messages, tools)
+        ids = self.chat.prompt(messages, parse_tools(row), read_options(row))
         if max(ids) >= self.vocab_size:
             raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
         if len(ids) > self.max_length:
@@ -394,21 +405,81 @@ class PromptEncoder(Encoder):
         return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
 
 
-def _check_fields(row, *fields):
-    for field in fields:
-        if field not in row:
-            raise ValueError(f"no field {field!r}; the row has {_fields_of(row)}")
+# How a row holds a conversation. Whatever is read here is in the form of OpenAI's and transformers' messages then.
 
 
-def _fields_of(row):
-    return ", ".join(repr(field) for field in row) or "no fields"
+def read_conversation(row):
+    """The messages of a row, checked, from `messages`, `conversations` or `prompt` and `completion`.
+
+    Raises:
+        ValueError: naming the field, and what to do with rows of other shapes.
+    """
+    for field in ("messages", "conversations"):
+        if row.get(field) is not None:
+            return read_messages(row[field], field)
+    if row.get("prompt") is not None and "completion" in row:
+        messages = read_messages(row["prompt"], "prompt", "user")
+        return messages + (read_messages(row["completion"], "completion", "assistant") if row["completion"] else [])
+    missing = "messages is null, expected a list" if "messages" in row else "no field 'messages'"
+    raise ValueError(f"{missing}; {_columns(row)}")
+
+
+def _columns(row):
+    names = ", ".join(repr(field) for field in row) or "no fields"
+    return f"the row has {names} (python -m pipeline.convert knows other shapes)"
+
+
+def read_messages(value, field="messages", role=None):
+    """Messages as they are published, as {role, content, tool_calls?, ...}: a list of dicts.
+
+    Args:
+        value: a list of messages (`role` and `content`, or ShareGPT's `from` and `value`), that list as JSON text, or,
+            with `role`, a string: one message of that role. Text in parts is joined.
+
+    Raises:
+        ValueError: as `check_messages`, and for parts that are not text.
+    """
+    if isinstance(value, str) and role is None and value.lstrip().startswith("["):
+        value = _parse_json(value, field)
+    if isinstance(value, str) and role is not None:
+        value = [{"role": role, "content": value}]
+    if isinstance(value, list):
+        value = [_read_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+    check_messages(value, field)
+    return value
+
+
+SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
+
+
+def _read_message(message, at):
+    if not isinstance(message, dict):
+        return message  # check_messages says so
+    if "from" in message and "value" in message and "role" not in message:
+        named = {"role": SHAREGPT.get(message["from"], message["from"]), "content": message["value"]}
+        message = named | {name: message[name] for name in message if name not in ("from", "value")}
+    if isinstance(message.get("content"), list):
+        texts = [_text_of(part, f"{at}.content[{i}]") for i, part in enumerate(message["content"])]
+        message = {**message, "content": "".join(texts)}
+    if isinstance(message.get("function_call"), dict):  # OpenAI's older form
+        message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
+        del message["function_call"]
+    return message
+
+
+def _text_of(part, at):
+    if isinstance(part, dict) and {*part} <= {"type", "text"} and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = f"of type {part.get('type')!r}" if isinstance(part, dict) else _kind(part)
+    raise ValueError(f"{at} is {kind}: of parts, only {{type: text, text}} can be trained on")
 
 
 def check_messages(messages, field="messages"):
     """Checks one conversation. Returns None.
 
     Raises:
-        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, no user.
+        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, a
+            `weight` or `train` that is not yes or no.
     """
     if not isinstance(messages, list):
         raise ValueError(f"{field} is {_kind(messages)}, expected a list of {{role, content}}")
@@ -422,25 +493,57 @@ def check_messages(messages, field="messages"):
         content = message.get("content")
         if role not in ROLES:
             raise ValueError(f"{at}.role is {role!r}, expected one of {', '.join(ROLES)}")
-        if content is None and not (role == "assistant" and message.get("tool_calls")):
+        if content is None and not (role == "assistant" and _calls_of(message)):
             raise ValueError(f"{at}.content is {'null' if 'content' in message else 'missing'}")
         if content is not None and not isinstance(content, str):
             raise ValueError(f"{at}.content is {_kind(content)}, expected a string")
         if role == "user" and not content.strip():
             raise ValueError(f"{at}.content is empty: a prompt needs text")
+        for switch in ("weight", "train"):
+            if message.get(switch) not in (None, 0, 1):
+                raise ValueError(f"{at}.{switch} is {message[switch]!r}, expected 0 or 1")
 
 
-def parse_tools(row):
-    """The `tools` of a row, a list of JSON schemas (or a JSON string of one) or None. Raises ValueError if neither."""
-    tools = row.get("tools")
+def _calls_of(message):
+    return message.get("tool_calls") or message.get("function_calls")
+
+
+def parse_tools(row, field="tools"):
+    """The `tools` of a row: a list of JSON schemas, one schema, either as JSON text, or None. Raises ValueError.
+
+    Without `tools`, a row's `functions` (OpenAI's older form) are read.
+    """
+    tools = row.get(field)
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"tools, column {error.colno}: not valid JSON: {error.msg}") from None
+        tools = _parse_json(tools, field)
+    if isinstance(tools, dict):
+        tools = [tools]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"tools is {_kind(tools)}, expected a list of JSON schemas")
+        raise ValueError(f"{field} is {_kind(tools)}, expected a list of JSON schemas")
+    if not tools and field == "tools" and row.get("functions"):
+        functions = parse_tools(row, "functions")
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in functions]
     return tools or None
+
+
+def read_options(row):
+    """A row's `chat_template_kwargs`, variables for its template: a dict, from an object or JSON text. ValueError."""
+    options = row.get("chat_template_kwargs") or {}
+    if isinstance(options, str):
+        options = _parse_json(options, "chat_template_kwargs")
+    if not isinstance(options, dict):
+        raise ValueError(f"chat_template_kwargs is {_kind(options)}, expected an object")
+    for name in ("messages", "conversations", "tools", "chat_template", "add_generation_prompt", "documents"):
+        if name in options:
+            raise ValueError(f"chat_template_kwargs.{name} is not for a row to set")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _parse_json(text, field):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{field}, column {error.colno}: not valid JSON: {error.msg}") from None
 
 
 def _kind(value):
@@ -448,23 +551,21 @@ def _kind(value):
     return names.get(type(value), "a number")
 
 
-# Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
-BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-
-
-def encode_conversation(encoder, messages, tools, last_turn_only=False):
-    """(input_ids, trained, notes), three lists, of one checked conversation, by the settings of an Encoder.
+def encode_conversation(encoder, messages, row, last_turn_only=False):
+    """(input_ids, trained, notes), three lists, of a row's checked conversation, by the settings of an Encoder.
 
     Raises ValueError and Skip.
     """
+    for field in ("images", "image", "videos", "audio", "audios"):
+        if row.get(field):
+            raise ValueError(f"{field} is not empty, and only text can be trained on")
     for message in messages:
         is_blank = not (message.get("content") or "").strip()
-        if message["role"] == "assistant" and is_blank and not message.get("tool_calls"):
+        if message["role"] == "assistant" and is_blank and not _calls_of(message):
             raise Skip("an assistant turn is empty")
-    ids, mask = encoder.chat.encode(messages, tools, last_turn_only)
+    ids, mask, notes = encoder.chat.encode_and_note(messages, parse_tools(row), last_turn_only, read_options(row))
     if max(ids) >= encoder.vocab_size:
         raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {encoder.vocab_size}")
-    notes = []
     if len(ids) > encoder.max_length:
         if encoder.overlong == "drop":
             raise Skip(TOO_LONG)
@@ -473,156 +574,182 @@ def encode_conversation(encoder, messages, tools, last_turn_only=False):
         notes.append("truncated to --max_length")
     if not mask[1:].any():  # the first token has no state before it to predict it from
         raise Skip("no trained token within --max_length")
-    if encoder.chat.has_control_text(messages, tools):
-        notes.append("with control strings in content, kept as text")
     tokenizer = encoder.chat.tokenizer
     if tokenizer.unk_token_id in ids:
         notes.append(f"with characters the tokenizer does not know (they become {tokenizer.unk_token})")
     return ids, mask.tolist(), notes
 
 
-class ChatFormat:
-    """Messages → token ids and trained-token mask, by the tokenizer's chat template.
+# Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
+BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+SPACE = re.compile(r"\s*")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers shows a template each as the others
+UNUSUAL = {"tool_calls", "function_calls", *THOUGHTS}
+NO_END = "the chat template ends a trained assistant turn without an end-of-turn token"
+SHORTENED = "with earlier turns shortened by the template: --train_turns last trains the one it shows whole"
+WHY_END = "the model would never learn to stop"
+KINDS = {"system": "system messages", "user": "user messages", "tool": "tool answers", "environment": "tool answers"}
+CANONICAL = ("system", "tool")
+ALIASES = (("developer", "system"), ("function", "tool"), ("environment", "tool"), ("tool", "environment"))
+PROBE = "Probe 7319"  # what the template does with each kind of content
+PROBE_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": {"text": PROBE}}},
+    ],
+}
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "probe", "description": PROBE, "parameters": {"type": "object", "properties": {}}},
+}
 
-    Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text. A *control
-    string* is an added token that is special, or part of the template, or not in the tokenizer's own vocabulary
-    (`<|im_end|>`, `<think>`; not runs of spaces or the HTML tags that some tokenizers hold as ordinary entries).
+
+@dataclass
+class View:
+    """A conversation as a chat template gets to see it.
+
+    Attributes:
+        messages, tools: with shielded text. options: variables for the template.
+        met: {"answers": set, "content": set}, the control strings that stay text, in answers and elsewhere.
+    """
+
+    messages: list
+    tools: list | None
+    options: dict
+    met: dict
+
+    def until(self, i):
+        """The first i messages of it."""
+        return View(self.messages[:i], self.tools, self.options, self.met)
+
+    def is_plain(self, i):
+        """Whether message i answers a user, and no thoughts, tool calls or options are about, which change prompts."""
+        fields = {name for message in self.messages for name in message}
+        return not self.options and self.messages[i - 1]["role"] == "user" and fields.isdisjoint(UNUSUAL)
+
+
+def _squeeze(text):
+    """Text without white space, for comparisons: templates trim."""
+    return "".join(text.split())
+
+
+def _is_shortened(text, whole, spoken):
+    """Whether `text` is `whole` without one piece, which is not of its end `spoken`."""
+    kept = len(os.path.commonprefix([text[::-1], whole[::-1]]))
+    return kept >= len(spoken) and whole.startswith(text[: len(text) - kept])
+
+
+def _with_arguments(call, as_text):
+    """A tool call whose arguments are an object, or JSON text for templates that want text."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str | dict):
+        return call
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tool_calls: arguments, column {error.colno}: not valid JSON: {error.msg}") from None
+    function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False) if as_text else arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def parse_calls(text):
+    """Tool calls as lines of Python, `get_weather(city="Rome")`, as a list of calls. Raises ValueError."""
+    calls = []
+    try:
+        for statement in ast.parse(text).body:
+            arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in statement.value.keywords}
+            if statement.value.args or None in arguments:
+                raise ValueError("arguments without names")
+            function = {"name": ast.unparse(statement.value.func), "arguments": arguments}
+            calls.append({"type": "function", "function": function})
+    except (SyntaxError, AttributeError, ValueError) as error:
+        raise ValueError(f"function_calls is not lines of calls with named arguments: {first_line(error)}") from None
+    return calls
+
+
+class ControlStrings:
+    """The control strings of a tokenizer, kept apart from the same characters in content.
+
+    A *control string* is an added token that is special, or part of the chat template, or not in the tokenizer's own
+    vocabulary (`<|im_end|>`, `<think>`; not runs of spaces or the HTML tags that some tokenizers hold as ordinary
+    entries).
 
     The idea:
         1. Shield the content: a BREAK goes into every control string, and wherever a neighbour could complete one.
         2. Render it. Every control string that is whole now is the template's own.
         3. Put those between OPEN and CLOSE, and take the BREAKs out again.
         4. Encode the text in one go, with a copy of the tokenizer that knows control strings only between brackets.
-        5. A token is trained on if its first character lies in an assistant turn of the rendered text.
 
     Args:
-        tokenizer: fast tokenizer with a chat template (`load_tokenizer`).
-        content_tokens: control strings that assistant content may contain as tokens (e.g. "<think>", "</think>").
-
-    Raises:
-        RunError: the template fails on a plain conversation, begins with two BOS, or ends no assistant turn with an
-            end-of-turn token; an unknown content token.
+        tokenizer: fast tokenizer. templates: text of its chat templates.
     """
 
-    def __init__(self, tokenizer, content_tokens=()):
-        self.tokenizer = tokenizer
-        self.template = tokenizer.chat_template
-        self.content_tokens = tuple(content_tokens)
-        self.marks_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.template))
-        settings = json.loads(tokenizer.backend_tokenizer.to_str())
-        added = {entry["content"]: entry for entry in settings["added_tokens"]}
-        controls = self._find_controls(settings, added)
-        unknown = [token for token in self.content_tokens if token not in controls]
-        if unknown:
-            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
-        self.end_tokens = tuple(text for text in controls if added[text]["special"] or text == tokenizer.eos_token)
-        self._prepare_search(controls)
-        self._bracket_controls(settings, added, controls)
-        self.key = json.dumps([settings, self.template, tokenizer.special_tokens_map, self.content_tokens])
-        self._check_template()
+    def __init__(self, tokenizer, templates):
+        self.settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        added = {entry["content"]: entry for entry in self.settings["added_tokens"]}
+        controls = self._find(added, templates)
+        self.all = controls
+        self.special = {text for text in controls if added[text]["special"] or text == tokenizer.eos_token}
+        longest_first = sorted(controls, key=len, reverse=True)
+        alternatives = "|".join(re.escape(text) for text in longest_first) or "(?!)"  # (?!) matches nothing
+        self.pattern = re.compile(alternatives)
+        self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)  # overlapping ones too, by first character
+        self.longest = max(map(len, controls), default=0)
+        self.heads = {text[:i] for text in controls for i in range(1, len(text))}
+        self.tails = {text[i:] for text in controls for i in range(1, len(text))}
+        self.parts = {text[i:j] for text in controls for j in range(1, len(text) + 1) for i in range(j)}
+        self.seen = set()  # those that were met in content and stayed text
+        self._make_encoder(added)
 
-    def _find_controls(self, settings, added):
-        """Set of control strings."""
-        vocabulary = settings["model"]["vocab"]
+    def _find(self, added, templates):
+        vocabulary = self.settings["model"]["vocab"]
         if isinstance(vocabulary, dict):
             words = set(vocabulary)
         else:  # [word, score] each
             words = {entry[0] for entry in vocabulary}
         controls = set()
         for text, entry in added.items():
-            if text.strip() and (entry["special"] or text in self.template or text not in words):
+            if text.strip() and (entry["special"] or text in templates or text not in words):
                 controls.add(text)
         return controls
 
-    def _prepare_search(self, controls):
-        """What finds control strings in text, whole ones and their parts."""
-        longest_first = sorted(controls, key=len, reverse=True)
-        alternatives = "|".join(re.escape(text) for text in longest_first) or "(?!)"  # (?!) matches nothing
-        self.control = re.compile(alternatives)
-        self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)  # overlapping ones too, by first character
-        self.longest = max(map(len, controls), default=0)
-        self.heads = {text[:i] for text in controls for i in range(1, len(text))}
-        self.tails = {text[i:] for text in controls for i in range(1, len(text))}
-        self.parts = {text[i:j] for text in controls for j in range(1, len(text) + 1) for i in range(j)}
-
-    def _bracket_controls(self, settings, added, controls):
+    def _make_encoder(self, added):
         """Builds `self.encoder`, which knows a control string only in brackets, and `self.ids`, back to real ids."""
-        rename = {text: OPEN + text + CLOSE if text in controls else text for text in added}
-        model = dict(settings["model"])  # the model's own vocabulary may hold control strings too
+        rename = {text: OPEN + text + CLOSE if text in self.all else text for text in added}
+        model = dict(self.settings["model"])  # the model's own vocabulary may hold control strings too
         if isinstance(model["vocab"], dict):
             model["vocab"] = {rename.get(text, text): i for text, i in model["vocab"].items()}
         else:
             model["vocab"] = [[rename.get(text, text), score] for text, score in model["vocab"]]
         if "merges" in model:  # none may make a control string out of its parts
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-            model["merges"] = [[a, b] for a, b in pairs if controls.isdisjoint((a, b, a + b))]
+            model["merges"] = [[a, b] for a, b in pairs if self.all.isdisjoint((a, b, a + b))]
         if model.get("unk_token"):
             model["unk_token"] = rename.get(model["unk_token"], model["unk_token"])
         entries = [{**entry, "content": rename[entry["content"]]} for entry in added.values()]
-        plain = {"post_processor": None, "truncation": None, "padding": None}
-        self.encoder = Tokenizer.from_str(json.dumps({**settings, **plain, "model": model, "added_tokens": entries}))
+        settings = {**self.settings, "post_processor": None, "truncation": None, "padding": None}
+        self.encoder = Tokenizer.from_str(json.dumps({**settings, "model": model, "added_tokens": entries}))
         self.ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
 
-    def encode(self, messages, tools=None, last_turn_only=False):
-        """Token ids and mask of a conversation.
-
-        Args:
-            messages: list of {"role", "content"}, checked by `check_messages`. tools: list of JSON schemas, or None.
-            last_turn_only: train on the last assistant turn only (preference data), not on all.
-
-        Returns:
-            (input_ids (L,) list of int, trained (L,) bool array). Trained are the tokens of assistant turns, the
-            end-of-turn token included: what the model itself has to produce.
-
-        Raises:
-            ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
-        """
-        shown, tools = self._shield_messages(messages), self._shield(tools)
-        text, spans = self._render(shown, tools)
-        self._check_shown(text, shown, tools)
-        if not self.marks_generation:
-            spans = [self._turn_span(text, shown, tools, i) for i, m in enumerate(shown) if m["role"] == "assistant"]
-        for start, end in spans:
-            if not text[start:end].endswith(self.end_tokens):
-                raise ValueError(
-                    "the chat template ends a trained assistant turn without an end-of-turn token "
-                    f"(it ends with {text[max(start, end - 12) : end]!r}): the model would never learn to stop"
-                )
-        return self._tokenize(text, spans[-1:] if last_turn_only else spans)
-
-    def prompt(self, messages, tools=None):
-        """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
-        shown, tools = self._shield_messages(messages), self._shield(tools)
-        text, _ = self._render(shown, tools, add_generation_prompt=True)
-        self._check_shown(text, shown, tools)
-        return self._tokenize(text, [])[0]
-
-    def has_control_text(self, messages, tools=None):
-        """Whether content holds a control string, which will stay text."""
-        shown = [self._shield_messages(messages, edges=False), self._shield(tools, edges=False)]
-        return BREAK in json.dumps(shown, ensure_ascii=False, default=str)
-
-    def _shield_messages(self, messages, edges=True):
-        """Messages with BREAKs; --content_tokens stay whole in the content of assistant turns."""
-        shown = []
-        for message in messages:
-            allowed = {"content": self.content_tokens} if message["role"] == "assistant" else {}
-            fields = {k: self._shield(v, k, allowed.get(k, ()), edges) for k, v in message.items()}
-            shown.append({**fields, "role": message["role"]})
-        return shown
-
-    def _shield(self, value, key="", allowed=(), edges=True):
+    def shield(self, value, key="", allowed=(), edges=True):
         """`value` (JSON-like) with a BREAK in every control string and, at its edges, where one could be completed."""
         if isinstance(value, dict):  # names that templates look up keep their edges; those of arguments they print
             printed = {k: edges and (key in ("arguments", "properties") or not k.isidentifier()) for k in value}
-            return {self._shield(k, edges=printed[k]): self._shield(v, k, allowed, edges) for k, v in value.items()}
+            return {self.shield(k, edges=printed[k]): self.shield(v, k, allowed, edges) for k, v in value.items()}
         if isinstance(value, list):
-            return [self._shield(v, key, allowed, edges) for v in value]
+            return [self.shield(v, key, allowed, edges) for v in value]
         if not isinstance(value, str):
             return value
         if any(mark in value for mark in (BREAK, OPEN, CLOSE)):
             raise ValueError("the text contains a Unicode noncharacter (U+FDD0 … U+FDD2)")
-        text = self.inside.sub(lambda match: match[2] if match[1] in allowed else match[2] + BREAK, value)
+        text = value
+        if self.pattern.search(value):
+            text = self.inside.sub(lambda match: match[2] if match[1] in allowed else match[2] + BREAK, value)
+            self.seen.update(match[1] for match in self.inside.finditer(value) if match[1] not in allowed)
         core, lengths = text.strip(), range(1, min(self.longest, len(text) + 1))  # templates trim
         if not core or not edges or key == "type":
             return text
@@ -631,106 +758,412 @@ class ChatFormat:
         end = BREAK if any(core[-n:] in self.heads for n in lengths) else ""
         return before + begin + core + end + after
 
-    def _render(self, messages, tools, add_generation_prompt=False):
+    def encode(self, pieces):
+        """Encodes rendered text, given in pieces. Returns (ids, firsts, crossings).
+
+        ids: list. firsts: for each piece but the first, the index of the first token that reaches into it: a token that
+        crosses a border belongs to the piece behind it, but a control string, which may swallow white space, to that
+        in which it stands. crossings: for each border, whether a token crosses it.
+        """
+        texts = [self.pattern.sub(rf"{OPEN}\g<0>{CLOSE}", piece).replace(BREAK, "") for piece in pieces]
+        encoding = self.encoder.encode("".join(texts), add_special_tokens=False)
+        ids = [self.ids.get(i, i) for i in encoding.ids]
+        cuts = np.cumsum([len(text) for text in texts])
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        if ends[-1:] == cuts[-1]:
+            ends = np.where(np.isin(encoding.ids, list(self.ids)), starts + 1, ends)
+            firsts = np.searchsorted(ends, cuts[:-1], side="right")
+            crossings = np.append(starts, cuts[-1])[firsts] < cuts[:-1]
+        else:  # the tokenizer has lost a character, and its offsets are wrong from there on: count tokens
+            texts = ["".join(texts[:i]) for i in range(1, len(texts))]
+            before = [self.encoder.encode(text, add_special_tokens=False).ids for text in texts]
+            firsts = np.array([len(os.path.commonprefix([part, encoding.ids])) for part in before], dtype=np.int64)
+            crossings = firsts < [len(part) for part in before]
+        return ids, firsts, crossings
+
+
+class ChatFormat:
+    """Messages → token ids and trained-token mask, by the tokenizer's chat template.
+
+    Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text (ControlStrings),
+    and that an assistant message may have `weight` 0 or `train` false: shown, but not trained on.
+
+    Where an assistant's turn stands in the rendered text is found by the template's own marks and by rendering:
+        begin   behind the *header*: the end of the generation prompt, without the *opening* (`<think>`) that it may
+                have and an answer may lack; behind the opening where the answer has it.
+        end     behind the first *end token* that follows the turn's text. End tokens are what ends a plain answer or a
+                tool call in this template, by rendering one at the start.
+    A template that renders a turn with less once another follows (the thoughts of earlier turns) is taken by its word:
+    the mask covers what it renders, and a note counts the rows. A `{% generation %}` block can only narrow a turn.
+
+    Args:
+        tokenizer: fast tokenizer with a chat template (`load_tokenizer`).
+        content_tokens: control strings that assistant content may contain as tokens (e.g. "<think>", "</think>").
+        day: what templates may print as today, ISO ("2026-01-31"); default today.
+
+    Attributes:
+        end_of_turn: id of the token that ends an answer, or None. stop_ids: ids on which generation has to stop.
+        untrainable: why `encode` cannot work with this template, or None; `prompt` can.
+
+    Raises:
+        RunError: the template renders no plain prompt, begins with two BOS or drops text, nothing ends an answer; an
+            unknown content token.
+    """
+
+    def __init__(self, tokenizer, content_tokens=(), day=None):
+        self.tokenizer = tokenizer
+        self.content_tokens = tuple(content_tokens)
+        self.date = day or date.today().isoformat()
+        templates = tokenizer.chat_template
+        self.templates = templates if isinstance(templates, dict) else {"default": templates}
+        self.source = "\n".join(self.templates.values())
+        self.controls = ControlStrings(tokenizer, self.source)
+        unknown = [token for token in self.content_tokens if token not in self.controls.all]
+        if unknown:
+            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
+        printed = self.date if "strftime_now" in self.source else ""
+        parts = [self.controls.settings, self.source, tokenizer.special_tokens_map, self.content_tokens, printed]
+        self.key = json.dumps(parts)
+        self._probe()
+
+    def encode(self, messages, tools=None, last_turn_only=False, options=None):
+        """Token ids and mask of a conversation.
+
+        Args:
+            messages: list of {"role", "content", ...}, checked by `check_messages`. tools: JSON schemas, or None.
+            last_turn_only: train on the last assistant turn only, not on all.
+            options: variables for the template (a row's `chat_template_kwargs`).
+
+        Returns:
+            (input_ids (L,) list of int, trained (L,) bool array). Trained are the tokens of assistant turns, the
+            end-of-turn token included: what the model itself has to produce. A token that crosses the end of the
+            prompt is trained.
+
+        Raises:
+            ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
+        """
+        return self.encode_and_note(messages, tools, last_turn_only, options)[:2]
+
+    def encode_and_note(self, messages, tools=None, last_turn_only=False, options=None):
+        """As `encode`, and a list of notes: what the account of a data set has to say of this conversation."""
+        if self.untrainable:
+            raise ValueError(self.untrainable)
+        chat = self._view(messages, tools, options)
+        text, marks = self._render(chat)
+        self._check_shown(text, chat)
+        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        spans, notes, place = [], set(), 0
+        for k, i in enumerate(turns):
+            message = chat.messages[i]
+            is_trained = message.get("weight", 1) and message.get("train", True)
+            is_wanted = i == turns[-1] or not last_turn_only
+            try:
+                begin, difference = self._begin(text, place, chat, turns[: k + 1])
+                place, is_shortened = self._end(text, begin, chat, turns[: k + 1])
+            except ValueError:
+                if is_trained and is_wanted:
+                    raise
+                place = None
+            if not is_trained:
+                notes.add("with answers that `weight` or `train` takes out of the training")
+            elif is_wanted:
+                spans += self._narrow(text, begin, place, marks)
+                notes |= {difference} if difference else set()
+                notes |= {SHORTENED} if is_shortened else set()
+        pieces = [text[a:b] for a, b in pairwise([0, *(cut for span in spans for cut in span), len(text)])]
+        ids, firsts, crossings = self.controls.encode(pieces)
+        trained = np.zeros(len(ids), dtype=bool)
+        for begin, end in zip(firsts[::2], firsts[1::2], strict=True):
+            trained[begin:end] = True
+        if crossings[::2].any():
+            notes.add("with a token that crosses the end of the prompt (it is trained)")
+        return ids, trained, sorted(notes | self._notes(chat))
+
+    def prompt(self, messages, tools=None, options=None):
+        """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
+        chat = self._view(messages, tools, options)
+        text, _ = self._render(chat, add_generation_prompt=True)
+        self._check_shown(text, chat)
+        return self.controls.encode([text])[0]
+
+    def _view(self, messages, tools, options):
+        """The conversation as the template gets to see it: in its own terms, text shielded."""
+        messages = [self._adapt(message) for message in messages]
+        if not tools and not self._names("functions"):
+            tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
+        met = {"answers": set(), "content": set()}  # control strings that stay text
+        shown = []
+        for message in messages:
+            is_answer = message["role"] == "assistant"
+            fields = {"role": message["role"]}
+            for name, value in message.items():
+                if name != "role":
+                    is_text = is_answer and name == "content"
+                    self.controls.seen = met["answers" if is_text else "content"]
+                    fields[name] = self.controls.shield(value, name, self.content_tokens if is_text else ())
+            shown.append(fields)
+        return View(shown, self.controls.shield(tools) or None, options or {}, met)
+
+    def _adapt(self, message):
+        """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
+        message = {name: value for name, value in message.items() if value is not None}
+        for one, other in ALIASES:
+            if message["role"] == one and not self._names(one) and (other in CANONICAL or self._names(other)):
+                message["role"] = other
+        if isinstance(message.get("function_calls"), str) and not self._names("function_calls"):
+            message["tool_calls"] = parse_calls(message.pop("function_calls"))
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_with_arguments(call, self.wants_text) for call in message["tool_calls"]]
+        return message
+
+    def _names(self, word):
+        """Whether the template has this role or field in it."""
+        return re.search(rf"\b{word}\b", self.source) is not None
+
+    def _render(self, view, add_generation_prompt=False):
+        """(text, [(start, end), …] of the template's {% generation %} blocks, or None if it has none)."""
+        template = self.templates["default"]
+        if view.tools and "tool_use" in self.templates:
+            template = self.templates["tool_use"]
+        has_marks = GENERATION.search(template) is not None
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.marks_generation,
+            if "strftime_now" in template:
+                _compile_jinja_template(template).globals["strftime_now"] = date.fromisoformat(self.date).strftime
+            texts, marks = render_jinja_template(
+                conversations=[view.messages],
+                tools=view.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=has_marks,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
+                **view.options,
             )
         except Exception as error:  # a template is a program of somebody else's
-            raise ValueError(f"the chat template rejects this conversation: {error}") from None
+            raise ValueError(f"the chat template rejects this conversation: {first_line(error)}") from None
         escape = ascii(BREAK)[1:-1]  # how a printed object would show it
-        if escape in texts[0] and escape not in json.dumps([messages, tools], ensure_ascii=False, default=str):
+        shown = [view.messages, view.tools]
+        if escape in texts[0] and escape not in json.dumps(shown, ensure_ascii=False, default=str):
             raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
-        return texts[0], spans[0] if spans else []
+        return texts[0], marks[0] if has_marks else None
 
-    def _check_shown(self, text, messages, tools):
-        kinds = {"system": "system messages", "user": "user messages", "tool": "tool answers"}
-        kinds = {kinds.get(message["role"]) for message in messages}
-        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in messages) else set()
-        dropped = self.dropped & (kinds | ({"tools"} if tools else set()))
-        for i, message in enumerate(messages):  # a template may know a kind, but not in this place
-            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+    def _check_shown(self, text, view):
+        roles = {message["role"] for message in view.messages}
+        kinds = {kind for role, kind in KINDS.items() if role in roles}
+        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in view.messages) else set()
+        dropped = self.dropped & (kinds | ({"tools"} if view.tools else set()))
+        for i, message in enumerate(view.messages):  # a template may know a kind, but not in this place
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
                 dropped |= {f"messages[{i}] ({message['role']})"}
         if dropped:
-            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}")
+            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}: choose a --chat_template")
 
-    def _find_dropped(self):
-        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
-        probe = "Probe 7319"
-        function = {"name": "probe", "description": probe, "parameters": {"type": "object", "properties": {}}}
-        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-        call = {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": {"text": probe}}}
-        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-        silent = {**calling, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
-        tool = {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": probe}
-        probes = {
-            "user messages": ([{"role": "user", "content": probe}, answer], None),
-            "system messages": ([{"role": "system", "content": probe}, user, answer], None),
-            "tool calls": ([user, calling], None),
-            "tool answers": ([user, silent, tool, answer], None),
-            "tools": ([user, answer], [{"type": "function", "function": function}]),
-        }
-        dropped = set()
-        for kind, (messages, tools) in probes.items():
-            try:
-                if probe not in self._render(messages, tools)[0]:
-                    dropped.add(kind)
-            except ValueError:  # it says so itself, when a row has this kind
-                pass
-        return dropped
+    def _begin(self, text, place, view, turns):
+        """Where the last of these turns begins in the text, and a note if its prompt is no prefix of the text.
 
-    def _turn_span(self, text, messages, tools, i):
-        """Where assistant turn i stands in the rendered text: found by rendering prefixes, checked to be prefixes."""
-        prefix, _ = self._render(messages[:i], tools, add_generation_prompt=True)
-        if not text.startswith(prefix):
+        It begins where its prompt ends. The prompt of a plain turn need not be rendered where headers are unmistakable:
+        where there are as many as turns. Where a prompt is rendered differently later, the turn begins behind the first
+        header after `place`, the end of the turn before, if the header holds a control string: no content can.
+        """
+        i = turns[-1]
+        heads = [match.end() for match in re.finditer(re.escape(self.header), text)] if self.header else []
+        begin = None
+        difference = None
+        if len(heads) == sum(message["role"] == "assistant" for message in view.messages):
+            begin = heads[len(turns) - 1]
+        if i > 0 and (begin is None or not view.is_plain(i)):
+            prompt, _ = self._render(view.until(i), add_generation_prompt=True)
+            if text.startswith(prompt):
+                return len(prompt), None
+            if text.startswith(prompt.removesuffix(self.opening)):
+                begin = len(prompt.removesuffix(self.opening))
+            else:
+                difference = "with a prompt that is rendered differently once the answer follows"
+        if begin is None and place is not None and self.controls.pattern.search(self.header):
+            begin = next((head for head in heads if head > place), None)
+        if begin is None:
             raise ValueError(
                 f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "
-                "trained tokens cannot be told apart: use a template with {% generation %}, or --chat_template"
+                "trained tokens cannot be told apart: choose a --chat_template, or --train_turns last"
             )
-        turn, _ = self._render(messages[: i + 1], tools)
-        ends = [match.end() for match in self.control.finditer(turn, len(prefix))]
-        turn = turn[: ends[-1]] if ends else turn  # up to its end-of-turn token: "\n" after it is the template's
-        if text.startswith(turn):
-            return len(prefix), len(turn)
-        # A template may render the last turn with more than earlier ones (an empty <think> block): the shorter text
-        # has to be the end of the longer one.
-        stop = list(self.control.finditer(turn))[-1][0] if ends else ""
-        end = text.find(stop, len(prefix)) + len(stop)
-        if not stop or not turn.endswith(text[len(prefix) : end]):
-            raise ValueError(
-                f"the chat template renders messages[{i}] differently once another follows, so the trained tokens "
-                "cannot be told apart: use a template with {% generation %}, or --chat_template"
-            )
-        return len(prefix), end
+        if text.startswith(self.opening, begin):
+            return begin + len(self.opening), difference
+        start = self.opening.rstrip()
+        return begin + len(start) * text.startswith(start, begin), f"which do not go on as the prompt ends: {start!r}"
 
-    def _tokenize(self, text, spans):
-        cuts = [0, *(cut for span in spans for cut in span), len(text)]  # outside a trained turn, inside, outside, …
-        pieces = [self.control.sub(rf"{OPEN}\g<0>{CLOSE}", text[a:b]).replace(BREAK, "") for a, b in pairwise(cuts)]
-        encoding = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
-        ends = np.cumsum([len(piece) for piece in pieces])
-        trained = np.searchsorted(ends, starts, side="right") % 2 == 1  # a token is where its first character is
-        return [self.ids.get(i, i) for i in encoding.ids], trained
+    def _end(self, text, begin, view, turns):
+        """(where the last of these turns ends in the text, whether it is shown with less than it had as the last)."""
+        i = turns[-1]
+        message = view.messages[i]
+        content = (message.get("content") or "").strip()
+        if content and not any(message.get(field) for field in ("tool_calls", *THOUGHTS)):
+            place = SPACE.match(text, begin).end()
+            end = self._end_token(text, place + len(content)) if text.startswith(content, place) else None
+            if end:
+                return end, False
+        whole, start = text, begin  # the turn as the last one
+        if i < len(view.messages) - 1:
+            whole, _ = self._render(view.until(i + 1))
+            start, _ = self._begin(whole, None, view.until(i + 1), turns)
+        body = self._without_tail(whole[start:])
+        for field in ("content", *THOUGHTS):
+            if _squeeze(message.get(field) or "") not in _squeeze(whole[start - len(self.opening) : start] + body):
+                hint = "put thoughts into the content, or " if field in THOUGHTS else ""
+                raise ValueError(f"the chat template leaves out messages[{i}].{field}: {hint}choose a --chat_template")
+        for match in self.controls.pattern.finditer(text, begin):
+            said = text[begin : match.start()].rstrip()
+            spoken = said[-len(self.controls.pattern.split(said)[-1]) :]  # behind its last control string
+            is_it = said == body or (whole is not text and _is_shortened(said, body, spoken))
+            end = self._end_token(text, match.start()) if is_it else None
+            if end:
+                return end, said != body
+        if whole is text:
+            raise ValueError(f"{NO_END} (it ends with {text[-12:]!r}): {WHY_END}")
+        raise ValueError(
+            f"the chat template renders messages[{i}] differently once another follows, so the trained tokens cannot "
+            "be told apart: choose a --chat_template, or --train_turns last"
+        )
 
-    def _check_template(self):
-        """Start-up check on a plain conversation, against transformers' own encoding."""
-        messages = [{"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}, {"role": "assistant", "content": "5."}]
-        self.dropped = self._find_dropped()
+    def _end_token(self, text, place):
+        """Where the first end token ends, if nothing but control strings and white space comes before it; or None."""
+        for match in self.controls.pattern.finditer(text, place):
+            if text[place : match.start()].strip():
+                return None
+            if match[0] in self.ends:
+                return match.end()
+            place = match.end()
+        return None
+
+    def _without_tail(self, text):
+        """Text without the control strings and white space that it ends with."""
+        stop = len(text)
+        for match in reversed(list(self.controls.pattern.finditer(text))):
+            if text[match.end() : stop].strip():
+                break
+            stop = match.start()
+        return text[:stop].rstrip()
+
+    def _narrow(self, text, begin, end, marks):
+        """The parts of a turn that the template marks, if it marks any turns; the last has to have the end token."""
+        if marks is None:
+            return [(begin, end)]
+        parts = [(max(begin, a), min(end, b)) for a, b in marks if a < end and b > begin]
+        if parts and parts[-1][1] < end:
+            raise ValueError(f"{NO_END} (it marks {text[begin : parts[-1][1]][-12:]!r}): {WHY_END}")
+        return parts
+
+    def _notes(self, view):
+        """What the account of a data set has to say of a conversation, beside its mask."""
+        notes = set()
+        if view.met["content"] | view.met["answers"]:
+            notes.add("with control strings in content, kept as text")
+        if view.met["answers"] - self.controls.special:
+            some = " ".join(sorted(view.met["answers"] - self.controls.special)[:4])
+            notes.add(f"with {some} in answers, kept as text: --content_tokens {some} makes them tokens")
+        speakers = [message for message in view.messages if message["role"] not in ("tool", "function", "environment")]
+        if "names" in self.dropped and any(message.get("name") for message in speakers):
+            notes.add("with names of speakers, which the template does not show")
+        unknown = [option for option in view.options if not self._names(option)]
+        if unknown:
+            notes.add(f"with chat_template_kwargs that the template does not read: {', '.join(unknown)}")
+        return notes
+
+    def _probe(self):
+        """Finds out what the template does, by rendering small conversations."""
+        self.wants_text, self.dropped, self.untrainable = False, set(), None
+        self.header, self.opening, self.ends = "", "", []
+        question = {"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}
+        answer = {"role": "assistant", "content": "Certainly 5."}
+        tools = None
+        if not self._try([question], None, True):  # some templates are for tools only
+            tools = [{**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "description": "A tool"}}]
+        self.wants_text = not self._try([question, PROBE_CALL], tools)
+        self.wants_text = self.wants_text and bool(self._try([question, PROBE_CALL], tools))
+        self.dropped = self._find_dropped(tools)
         try:
-            ids, trained = self.encode(messages)
+            ids = self.prompt([question], tools)
         except ValueError as error:
             raise RunError(f"the chat template fails on a plain conversation: {error}") from None
-        expected = self.tokenizer(self._render(messages, None)[0], add_special_tokens=False).input_ids
-        if ids != expected:
+        prompt = self._try([question], tools, True)
+        if ids != self.tokenizer(prompt, add_special_tokens=False).input_ids:
             raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
-        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            raise RunError(f"the chat template begins with two {self.tokenizer.bos_token}")
-        self.end_of_turn = ids[int(np.flatnonzero(trained)[-1])]  # the id on which generation has to stop
+        stops = self._find_turns(prompt, question, answer, tools)
+        bos = self.tokenizer.bos_token
+        if bos and prompt.startswith(bos + bos) and bos not in self.header:  # there it begins messages, too
+            raise RunError(f"the chat template begins with two {bos}")
+        try:
+            self.encode([question, answer], tools)
+        except ValueError as error:
+            self.untrainable = f"the chat template fails on a plain conversation: {error}"
+        names = dict.fromkeys([*self.ends, *stops, self.tokenizer.eos_token])
+        self.stop_ids = self.tokenizer.convert_tokens_to_ids([name for name in names if name])
+        self.end_of_turn = self.stop_ids[0] if self.ends else None
+        if not self.stop_ids:
+            raise RunError(f"{self.untrainable}; and the tokenizer has no eos_token")
+
+    def _try(self, messages, tools, add_generation_prompt=False):
+        """The rendered text, or "" where the template rejects it."""
+        try:
+            return self._render(self._view(messages, tools, None), add_generation_prompt)[0]
+        except ValueError:
+            return ""
+
+    def _find_dropped(self, tools):
+        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+        call = PROBE_CALL["tool_calls"][0]
+        silent = {**PROBE_CALL, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
+        tool = {"role": "tool", "name": "probe", "tool_call_id": call["id"], "content": PROBE}
+        probes = {
+            "user messages": [{"role": "user", "content": PROBE}, answer],
+            "system messages": [{"role": "system", "content": PROBE}, user, answer],
+            "tool calls": [user, PROBE_CALL],
+            "tool answers": [user, silent, tool, answer],
+            "names": [{**user, "name": PROBE}, answer],
+        }
+        shown = {kind: self._try(messages, tools) for kind, messages in probes.items()}
+        shown["tools"] = self._try([user, answer], [PROBE_TOOL])
+        return {kind for kind, text in shown.items() if text and PROBE not in text}  # what it rejects, it says itself
+
+    def _find_turns(self, prompt, question, answer, tools):
+        """Finds header, opening and end tokens. Returns all special tokens that a last answer ends with."""
+        again, other = {"role": "user", "content": "And 4?"}, {"role": "assistant", "content": "It is 7."}
+        plain = self._try([question, answer], tools)
+        several = self._try([question, answer, again, other], tools)
+        texts = [text for text in (plain, self._try([question, other], tools), several) if text]
+        common = min(len(os.path.commonprefix([prompt, text])) for text in [prompt, *texts])
+        start = len(os.path.commonprefix([prompt, self._try([question], tools)]))
+        for match in self.controls.pattern.finditer(prompt):  # a border lies between control strings, not in one
+            start = match.start() if match.start() < start < match.end() else start
+            common = match.start() if match.start() < common < match.end() else common
+        if start < common or common == len(prompt):
+            self.header, self.opening = prompt[start:common], prompt[common:]
+        stops = self._specials_at_end(plain)
+        self.ends = stops[:1]
+        behind = [several[several.find(end) + len(end) :].lstrip() for end in ("(Briefly.)", "Certainly 5.")]
+        first = [self.controls.pattern.match(text) for text in behind]
+        if several and all(first):  # an earlier answer may have another end: one that ends questions, too
+            end = first[0][0]
+            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in self.header:
+                self.ends.append(end)
+        of_calls = self._specials_at_end(self._try([question, PROBE_CALL], tools))
+        if of_calls and not set(of_calls) & set(self.ends):
+            self.ends.append(of_calls[-1])
+        return stops
+
+    def _specials_at_end(self, text):
+        """The special tokens after the last text, without those that another follows directly: they end nothing."""
+        tail = text[len(self._without_tail(text)) :].strip()
+        found = list(self.controls.pattern.finditer(tail))
+        found = [match[0] for match in found if not self.controls.pattern.match(tail, match.end())]
+        return [text for text in found if text in self.controls.special]
+
+
+def start_date(out):
+    """The day on which the run in the folder `out` was begun, ISO: its templates print it again. Today, if none was."""
+    try:
+        return json.loads(Path(out, "config.json").read_text(encoding="utf-8"))["date"]
+    except (OSError, ValueError, KeyError, TypeError):  # a new run; what a broken folder is, Run says
+        return date.today().isoformat()
 
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -757,8 +1190,9 @@ def load_tokenizer(path, chat_template=None):
         raise RunError(f"model {path}: {wrong}: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise RunError(f"model {path}: its tokenizer has no fast implementation, which character offsets need")
-    if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if isinstance(tokenizer.chat_template, dict):  # several named templates: the one for chat, and for chats with tools
+        templates = {name: tokenizer.chat_template.get(name) for name in ("default", "tool_use")}
+        tokenizer.chat_template = templates if templates["tool_use"] and templates["default"] else templates["default"]
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template, tokenizer)
     if not tokenizer.chat_template:
@@ -791,14 +1225,17 @@ def first_line(error):
     return lines[0]
 
 
-def show_example(tokenizer, input_ids, trained):
-    """One sequence as text for the terminal, trained tokens green and the rest grey."""
+def show_example(tokenizer, input_ids, trained, colour=True):
+    """One sequence as text: in colour, for a terminal, trained tokens green and the rest grey; otherwise ⟦trained⟧."""
     changes = np.flatnonzero(np.diff(trained)) + 1
     edges = [0, *changes, len(input_ids)]
+    marks = {True: ("\033[32m", "\033[0m"), False: ("\033[90m", "\033[0m")}
+    if not colour:
+        marks = {True: ("⟦", "⟧"), False: ("", "")}
     parts = []
     for start, end in pairwise(edges):
-        colour = "\033[32m" if trained[start] else "\033[90m"
-        parts.append(f"{colour}{tokenizer.decode(input_ids[start:end])}\033[0m")
+        before, after = marks[bool(trained[start])]
+        parts.append(f"{before}{tokenizer.decode(input_ids[start:end])}{after}")
     return "".join(parts)
 
 
@@ -808,7 +1245,7 @@ JSON = "\ufdd0 JSON"  # a column that no data set has
 
 
 def load_data(args, encode, at_least):
-    """The rows of --data, and of --eval_data (None without). Rank 0 prints an account of them, and shows the first.
+    """The rows of --data, and of --eval_data (None without). Rank 0 prints an account, and shows a row of each source.
 
     Args:
         args: has data, eval_data, seed, max_skip_frac and batch_size.
@@ -828,8 +1265,9 @@ def load_data(args, encode, at_least):
         report = rows.report + eval_rows.report
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(report))
-        for input_ids, trained in rows.sequences([0]):
-            print(show_example(encode.chat.tokenizer, input_ids, trained))
+        _, firsts = np.unique(rows.table.with_format("numpy")["source"][:], return_index=True)  # a row of each source
+        for input_ids, trained in rows.sequences(firsts):
+            print(show_example(encode.chat.tokenizer, input_ids, trained, colour=sys.stdout.isatty()))
     return rows, eval_rows
 
 
@@ -846,8 +1284,8 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
         encode: picklable callable with a `key` (str) that changes with its settings, and `features`, the columns it
             makes. Takes a row (dict), returns a dict with at least `input_ids`, `trained` (lists of one length) and
             `notes` (list of str, counted in the report). Raises Skip to leave the row out and ValueError to reject
-            the data.
-        max_skip_frac: largest accepted share of skipped rows.
+            the row: it is left out too, with file, row and field.
+        max_skip_frac: largest accepted share of rows left out.
 
     Returns:
         Rows, in the order of the sources.
@@ -868,15 +1306,16 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
         mixture = _choose(len(raw), amount, np.random.default_rng([seed, number]), spec)  # (M,) indices in raw
         needed = np.unique(mixture)  # (E,) indices in raw, ascending
         encoded = _encode_cached(raw.select(needed), row_numbers[needed], name, encode)
-        encoded = encoded.add_column("source", [number] * len(encoded))
-        report += _account(name, encoded, max_skip_frac)
-        is_kept = np.array(encoded["skip"][:]) == ""  # (E,)
+        lines, is_kept = _account(name, encoded, max_skip_frac)  # (E,)
+        report += lines
+        encoded = encoded.add_column("source", np.full(len(encoded), number))
         places = np.searchsorted(needed, mixture)  # (M,) indices in encoded
         tables.append(encoded.select(places[is_kept[places]]))
         names.append(name)
     table = datasets.concatenate_datasets(tables)
-    lengths, trained, fingerprint = _measure(table, list(encode.features))
-    return Rows(table, names, lengths, trained, report, fingerprint)
+    measures = table.select_columns(["length", "targets", "digest"]).with_format("numpy")[:]
+    fingerprint = hashlib.sha256(measures["digest"].tobytes()).hexdigest()[:16]
+    return Rows(table, names, measures["length"], measures["targets"], report, fingerprint)
 
 
 def _split_amount(spec):
@@ -890,7 +1329,10 @@ def read_rows(source):
     """Yields (row number, row) of one SOURCE, unencoded. Raises DataError."""
     raw, row_numbers = _read(source)
     for number, row in zip(row_numbers, raw, strict=True):
-        yield int(number), _decode_row(row, source, int(number))
+        try:
+            yield int(number), _decode_row(row)
+        except ValueError as error:
+            raise DataError(source, int(number), str(error)) from None
 
 
 def _read(name):
@@ -917,7 +1359,7 @@ def _read_lines(path):
     with open(path, "rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # an edit shows, whatever its time
     lines = datasets.load_dataset("text", name=version, data_files=glob.escape(str(path)), split="train")
-    filled = np.array([i for i, line in enumerate(lines["text"]) if line.strip()], dtype=np.int64)
+    filled = np.flatnonzero(pc.match_substring_regex(lines.data.column("text"), r"\S"))
     return lines.select(filled).rename_column("text", JSON), filled + 1
 
 
@@ -972,11 +1414,16 @@ def _choose(count, amount, rng, spec):
 
 def _encode_cached(raw, row_numbers, name, encode):
     """Maps `encode` over raw rows; a skipped row keeps its place, with the reason in the column `skip`."""
-    source_code = Path(__file__).read_text(encoding="utf-8")
-    key = json.dumps([raw._fingerprint, encode.key, name, source_code])
+    files = {__file__, *(inspect.getsourcefile(kind) for kind in type(encode).__mro__[:-1])}  # a fork's encoder, too
+    sources = [Path(file).read_text(encoding="utf-8") for file in sorted(files)]
+    versions = [module.__version__ for module in (transformers, tokenizers, jinja2)]
+    key = json.dumps([raw._fingerprint, encode.key, name, sources, versions])
     key = hashlib.sha256(key.encode()).hexdigest()[:32]
     columns = {
         **encode.features,
+        "length": datasets.Value("int64"),  # tokens
+        "targets": datasets.Value("int64"),  # tokens that are trained on
+        "digest": datasets.Value("int64"),  # of all of the encoder's columns
         "notes": datasets.List(datasets.Value("string")),
         "skip": datasets.Value("string"),
         "row": datasets.Value("int64"),
@@ -989,7 +1436,7 @@ def _encode_cached(raw, row_numbers, name, encode):
             _encode_row,
             with_indices=True,
             cache_file_name=str(cache / f"{key}.arrow"),
-            fn_kwargs={"row_numbers": row_numbers, "name": name, "encode": encode},
+            fn_kwargs={"row_numbers": row_numbers, "encode": encode},
             remove_columns=raw.column_names,
             features=datasets.Features(columns),
             num_proc=workers if workers > 1 else None,
@@ -997,33 +1444,36 @@ def _encode_cached(raw, row_numbers, name, encode):
         )
 
 
-def _encode_row(raw, index, row_numbers, name, encode):
-    number = int(row_numbers[index])
-    nothing = {**dict.fromkeys(encode.features), "notes": [], "row": number}
-    row = _decode_row(raw, name, number)
+def _encode_row(raw, index, row_numbers, encode):
+    columns = dict.fromkeys(encode.features)
+    notes, skip = [], ""
     try:
-        return {**nothing, **encode(row), "skip": ""}
-    except Skip as reason:
-        return {**nothing, "skip": str(reason)}
-    except (ValueError, RecursionError) as error:
-        raise DataError(name, number, str(error)) from None
+        columns |= encode(_decode_row(raw))
+        notes = columns.pop("notes")
+    except (Skip, ValueError, RecursionError) as reason:
+        skip = str(reason)
+    ids = np.array(columns["input_ids"] or [], dtype=np.int32)
+    mask = np.array(columns["trained"] or [], dtype=bool)
+    rest = [value for name, value in columns.items() if name not in ("input_ids", "trained")]
+    digest = hashlib.blake2b(ids.tobytes() + mask.tobytes() + json.dumps(rest).encode(), digest_size=8).digest()
+    measures = {"length": len(ids), "targets": int(mask[1:].sum()), "digest": int.from_bytes(digest, "little", signed=True)}
+    return {**columns, **measures, "notes": notes, "skip": skip, "row": int(row_numbers[index])}
 
 
-def _decode_row(raw, name, number):
-    try:
-        row = _without_nulls(dict(raw))
-        if JSON in row:
+def _decode_row(raw):
+    """A row as a dict. Raises ValueError, also for text that cannot be written as UTF-8."""
+    row = _without_nulls(dict(raw))
+    if JSON in row:
+        try:
             row = json.loads(row[JSON])
-            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate ends here
-        if not isinstance(row, dict):
-            raise ValueError(f"expected an object, found {_kind(row)}")
-        return row
-    except json.JSONDecodeError as error:
-        raise DataError(name, number, f"column {error.colno}: not valid JSON: {error.msg}") from None
-    except UnicodeEncodeError as error:
-        raise DataError(name, number, f"lone surrogate {error.object[error.start]!a} is not text") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(name, number, str(error)) from None
+            json.dumps(row, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column {error.colno}: not valid JSON: {error.msg}") from None
+        except UnicodeEncodeError as error:
+            raise ValueError(f"lone surrogate {error.object[error.start]!a} is not text") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {_kind(row)}")
+    return row
 
 
 def _without_nulls(value):
@@ -1035,48 +1485,39 @@ def _without_nulls(value):
     return value
 
 
-def _account(name, table, max_skip_frac):
-    """Report lines for one source; raises if nothing, or too little, is left."""
-    skips = Counter()
-    notes = Counter()
-    first = {}  # the row in which a reason or note comes first
-    for entry in table.select_columns(["skip", "notes", "row"]):
-        reason = entry["skip"]
-        if reason:
-            skips[reason] += 1
-            first.setdefault(reason, entry["row"])
-        for note in entry["notes"]:
-            notes[note] += 1
-            first.setdefault(note, entry["row"])
+def _account(name, encoded, max_skip_frac):
+    """(report lines, (E,) bool which rows are kept) for one source. Raises if nothing, or too little, is left."""
+    table = encoded.select_columns(["skip", "notes", "row"]).with_format("arrow")[:]
+    rows = table["row"].to_numpy()
+    is_kept = pc.equal(table["skip"], "").to_numpy()
+    notes = table["notes"].combine_chunks()
+    skips = _tally(table["skip"].filter(~is_kept).combine_chunks(), rows[~is_kept])
     read = len(table)
-    skipped = skips.total()
+    skipped = read - int(is_kept.sum())
     lines = [f"{name}: {read} rows read, {read - skipped} kept"]
-    reasons = []
-    for reason, count in skips.most_common():
-        lines.append(f"  {count} skipped: {reason} (first: row {first[reason]})")
-        reasons.append(f"{count} × {reason}, first at row {first[reason]}")
-    for note, count in notes.most_common():
-        lines.append(f"  {count} {note} (first: row {first[note]})")
-    why = "; ".join(reasons)
-    if read == skipped:
-        raise DataError(name, None, f"0 of {read} rows usable ({why})")
-    limited = skipped - skips[TOO_LONG]  # dropping long rows was asked for
-    if limited > max_skip_frac * read:
-        raise DataError(name, None, f"{limited} of {read} rows skipped, more than --max_skip_frac allows ({why})")
-    return lines
+    lines += [f"  {count} skipped: {reason} (first: row {row})" for reason, count, row in skips[:REASONS]]
+    if len(skips) > REASONS:
+        others = sum(count for _, count, _ in skips[REASONS:])
+        lines.append(f"  {others} skipped for {len(skips) - REASONS} other reasons")
+    for note, count, row in _tally(pc.list_flatten(notes), rows[pc.list_parent_indices(notes).to_numpy()]):
+        lines.append(f"  {count} {note} (first: row {row})")
+    if skips:
+        limited = sum(count for reason, count, _ in skips if reason != TOO_LONG)  # dropping long rows was asked for
+        reason, count, row = next(filter(lambda entry: entry[0] != TOO_LONG, skips), skips[0])
+        if read == skipped:
+            raise DataError(name, row, f"{reason}; 0 of {read} rows usable ({count} × this reason)")
+        if limited > max_skip_frac * read:
+            why = f"{limited} of {read} rows skipped, more than --max_skip_frac allows ({count} × this reason)"
+            raise DataError(name, row, f"{reason}; {why}")
+    return lines, is_kept
 
 
-def _measure(table, columns):
-    """Tokens and trained tokens of each row, (N,) each, and a hash of all that was encoded."""
-    others = [column for column in columns if column not in ("input_ids", "trained")]
-    digest = hashlib.sha256()
-    lengths = []
-    trained = []
-    for batch in table.select_columns(columns).with_format("numpy").iter(1000):
-        numbers = [batch[column] for column in others]
-        for ids, mask, *rest in zip(batch["input_ids"], batch["trained"], *numbers, strict=True):
-            text = "".join(map(str, rest))
-            digest.update(ids.tobytes() + mask.tobytes() + text.encode())
-            lengths.append(len(ids))
-            trained.append(int(mask[1:].sum()))  # no state precedes the first token
-    return np.array(lengths), np.array(trained), digest.hexdigest()[:16]
+REASONS = 10  # so many are printed
+
+
+def _tally(texts, rows):
+    """[(text, how often, the first row with it), …] of a pyarrow array of strings, the most frequent first."""
+    codes = texts.dictionary_encode()
+    _, first, counts = np.unique(codes.indices.to_numpy(), return_index=True, return_counts=True)
+    entries = zip(codes.dictionary.to_pylist(), counts.tolist(), rows[first].tolist(), strict=True)
+    return sorted(entries, key=lambda entry: (-entry[1], entry[2]))

@@ -14,7 +14,7 @@ from conftest import BOS, CACHE, CONTROLS, EOS, TOKENIZERS, UNK, assistant, shar
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from common import ChatFormat, RunError, check_messages, load_tokenizer
+from common import ChatFormat, RunError, SftEncoder, check_messages, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------- chat templates
 
@@ -258,7 +258,7 @@ def conversation(template, **fields):
         assistant(text["answer"], tool_calls=[{"function": {"name": text["call_name"], "arguments": arguments}}]),
         {"role": "tool", "content": text["tool_answer"]},
         user(text["last_question"]),
-        assistant(text["last_answer"], reasoning_content=text["reasoning"]),
+        assistant(text["last_answer"]) | ({"reasoning_content": text["reasoning"]} if template == "qwen3" else {}),
     ]
     schema = {"properties": {text["property"]: {"type": "string", "description": text["description"]}}}
     return messages, [{"type": "function", "function": {"name": text["tool_name"], "parameters": schema}}]
@@ -497,8 +497,8 @@ def without_generation(template):
 def test_masks_with_and_without_generation_markers_are_the_same(kind, template):
     """Prefix rendering finds the same trained tokens as the template's {% generation %}."""
     marked = chat_format(kind, template)
-    unmarked = chat_format(kind, without_generation(marked.template))
-    assert marked.marks_generation and not unmarked.marks_generation
+    unmarked = chat_format(kind, without_generation(marked.source))
+    assert "endgeneration" in marked.source and "endgeneration" not in unmarked.source
     chats = [(messages, None) for messages in EDGES + real_chats()] + tool_chats() * (template == "chatml")
     for messages, tools in chats:
         for last_turn_only in (False, True):
@@ -594,7 +594,9 @@ def test_bad_templates_are_refused_at_start(name):
     """Before any data is read: one clear line that says what is wrong with the template."""
     template, message = BAD_TEMPLATES[name]
     with pytest.raises(RunError, match=f"(?s){message}") as caught:
-        chat_format("byte_level", template)
+        chat = chat_format("byte_level", template)
+        assert chat.prompt(EDGES[0][:1])  # for reinforcement learning it will do
+        SftEncoder(chat, 10**6, 100, "truncate")
     assert "\n" not in str(caught.value)
 
 
@@ -662,9 +664,9 @@ def test_tools_need_a_template_that_shows_them():
         chat_format("byte_level", "tulu").encode(EDGES[0], [SCHEMA])
 
 
-@pytest.mark.parametrize("role", ["", "User", "function", "assistant|>x<|user", "<|im_start|>", None, 3, ["user"], {}])
+@pytest.mark.parametrize("role", ["", "User", "ipython", "assistant|>x<|user", "<|im_start|>", None, 3, ["user"], {}])
 def test_unknown_roles_are_refused(role):
-    """Roles are written into the template's markers: only the four known ones pass."""
+    """Roles are written into the template's markers: only the known ones pass."""
     with pytest.raises(ValueError, match=r"messages\[1\].role"):
         check_messages([user("a"), {"role": role, "content": "b"}])
 
@@ -677,7 +679,7 @@ def test_a_tokenizer_without_end_token_works():
     ids, trained = ChatFormat(tokenizer).encode(EDGES[0])
     assert trained_texts(ChatFormat(tokenizer), ids, trained) == ["Hello<|im_end|>"]
     tokenizer.chat_template = chatml_like("{{ m.content }}\n")
-    with pytest.raises(RunError, match="without an end-of-turn token"):
+    with pytest.raises(RunError, match="without an end-of-turn token.*no eos_token"):
         ChatFormat(tokenizer)
 
 

@@ -100,7 +100,13 @@ BAD_ROWS = {
     "18 messages an object": ({"messages": user("a")}, "messages is an object, expected a list"),
     "18 message a string": ({"messages": ["Hi", "Ho"]}, r"messages\[0\] is a string"),
     "18 message null": ({"messages": [user("a"), None]}, r"messages\[1\] is null"),
-    "18 content a list": ({"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]}, "content is a list"),
+    "18 a part not of text": (
+        {"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("b")]},
+        r"messages\[0\].content\[0\] is of type 'image_url'",
+    ),
+    "18 a part that is weighted": (
+        {"messages": [user("a"), assistant([{"type": "text", "text": "a", "weight": 0}])]}, r"messages\[1\].content\[0\]",
+    ),
     "18 content a number": ({"messages": [user("a"), assistant(5)]}, r"messages\[1\].content is a number"),
     "18 content a boolean": ({"messages": [user("a"), assistant(True)]}, r"messages\[1\].content is a boolean"),
     "18 row a list": ([GOOD], "expected an object, found a list"),
@@ -160,15 +166,15 @@ def test_5_empty_answers_are_skipped_and_counted(encode, tmp_path):
     assert len(rows) == 8
     assert rows.report[0] == f"{path}: 10 rows read, 8 kept"
     assert rows.report[1].strip() == "2 skipped: an assistant turn is empty (first: row 2)"
-    refused(path, None, "2 of 10 rows skipped, more than --max_skip_frac", lambda: load_rows([path], encode))
+    refused(path, 2, "turn is empty; 2 of 10 rows skipped, more than --max_skip_frac", lambda: load_rows([path], encode))
     path = write_jsonl(tmp_path / "all.jsonl", [empty, empty])
-    refused(path, None, "0 of 2 rows usable .*an assistant turn is empty", lambda: load_rows([path], encode, 0, 1.0))
+    refused(path, 1, "an assistant turn is empty; 0 of 2 rows usable", lambda: load_rows([path], encode, 0, 1.0))
 
 
 def test_6_nothing_left_after_truncation_is_refused(encode, tmp_path):
     """Every answer lies beyond --max_length."""
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(question="why " * 300)] * 3)
-    refused(path, None, "0 of 3 rows usable .*3 .*no trained token within --max_length",
+    refused(path, 1, "no trained token within --max_length; 0 of 3 rows usable .*3 ",
             lambda: load_rows([path], encode, max_skip_frac=1.0))  # fmt: skip
 
 
@@ -577,11 +583,14 @@ def test_max_length_and_template_encode_anew(tmp_path):
 
 
 def test_many_rows_are_encoded_by_several_processes(tmp_path):
-    """10,001 rows: in order, and an error in a worker process arrives whole."""
+    """10,001 rows: in order, and what a worker process finds wrong with a row arrives whole."""
     texts = [str(i) for i in range(1, 10_002)]
     assert texts_of(load_rows([letters(tmp_path / "many.jsonl", texts)], Letters())) == texts
     path = letters(tmp_path / "bad.jsonl", [*texts[:-1], "bad"])
-    refused(path, 10_001, "letters is bad", lambda: load_rows([path], Letters()))
+    refused(path, 10_001, "letters is bad", lambda: load_rows([path], Letters(), max_skip_frac=0))
+    rows = load_rows([path], Letters())  # one bad row in ten thousand ends nothing: it is left out and counted
+    assert texts_of(rows) == texts[:-1]
+    assert rows.report[1].strip() == "1 skipped: letters is bad (first: row 10001)"
 
 
 def test_counts_are_those_of_the_packed_targets(encode, tmp_path):
