@@ -34,6 +34,7 @@ import hashlib
 import re
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +71,9 @@ class SamplingParams:
         max_new_tokens: a completion that has so many tokens, or fills the sampler's max_length, is cut off.
         temperature: divides the logits; 0 takes the likeliest token, with its log-probability at temperature 1.
         seed: another seed is another noise.
+        find_end: ends a completion by more than its last token. Called at each look of the host with what was sampled
+            so far, (T,) ids, and how many of these it had been called with before; returns after how many of them the
+            completion ends, or None. It has to find the same end however often it is called.
 
     Raises:
         ValueError: a temperature below 0, or no tokens to sample.
@@ -79,6 +83,7 @@ class SamplingParams:
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    find_end: Callable | None = None
 
     def __post_init__(self):
         if self.temperature < 0 or self.max_new_tokens < 1:
@@ -94,7 +99,7 @@ class Completion:
             caller gave, asked for in `step`.
         prompt_ids: (P,) int64. token_ids: (T,) int64, what was sampled, the end token included.
         logprobs: (T,) float32, log-probability of each sampled token when it was sampled, temperature included.
-        ended: its last token is an end token.
+        ended: its last token is an end token, or the one after which find_end has found an end.
         done: no more is sampled, because it ended or because it was cut off. All that `sample` returns are done; those
             it keeps in Sampler.groups may not be.
     """
@@ -250,6 +255,8 @@ class Sampler:
                 break
             self._refill(waiting, params)
             self._run(params.temperature)
+            if params.find_end is not None:
+                self._cut(params.find_end)
             for completion in self._collect(only_done=True):
                 bar.update()
                 key = completion.step, completion.index
@@ -460,6 +467,27 @@ class Sampler:
         )
         return output.last_hidden_state
 
+    def _cut(self, find_end):
+        """Ends each sequence in a slot where `find_end` finds an end, and drops what was sampled behind it."""
+        state = self.state.cpu().numpy()
+        used = self._used()
+        ids = self.ids[used].cpu().numpy()
+        slots = []
+        ends = []  # position of the last token that stays
+        for row, slot in enumerate(used):
+            completion = self.active[slot]
+            start = len(completion.prompt_ids)
+            seen = len(completion.token_ids)
+            completion.token_ids = ids[row, start : state[slot, POSITION] + 1].copy()
+            length = find_end(completion.token_ids, seen)
+            if length is not None:
+                completion.ended = True
+                slots.append(slot)
+                ends.append(start + length - 1)
+        if slots:
+            self.state[slots, POSITION] = torch.tensor(ends, dtype=torch.int32, device=self.device)
+            self.state[slots, LIVE] = 0
+
     def _collect(self, only_done):
         """Takes sequences out of their slots, the finished ones or all, and reads what was sampled from the device.
 
@@ -484,7 +512,8 @@ class Sampler:
                 where = f"prompt {completion.index} of step {completion.step}"
                 raise ValueError(f"{where}: the model's logits are not finite")
             completion.done = not state[slot, LIVE]
-            completion.ended = completion.done and int(completion.token_ids[-1]) in self.eos_ids
+            if completion.done and int(completion.token_ids[-1]) in self.eos_ids:
+                completion.ended = True
             completions.append(completion)
         return completions
 

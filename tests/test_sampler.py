@@ -288,6 +288,61 @@ def test_stops_at_every_end_token_and_at_the_limits(llama):
     assert last.ended  # an end token as the last permitted one is an end
 
 
+def first_end(ids, seen):
+    """A stand-in for stop strings: two even tokens one after the other end a completion."""
+    for length in range(max(2, seen + 1), len(ids) + 1):
+        if ids[length - 2] % 2 == ids[length - 1] % 2 == 0:
+            return length
+    return None
+
+
+def look_every(steps, monkeypatch):
+    """Lets the host look only after so many decode steps, as on CUDA."""
+    run = Sampler._run
+    monkeypatch.setattr(Sampler, "_run", lambda self, temperature: [run(self, temperature) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+@pytest.mark.parametrize("slots", [2, 5, 64])
+def test_completions_are_cut_where_find_end_says(llama, monkeypatch, slots, steps):
+    """Whenever the host looks: the first of an end token, find_end's end and the limit, as in whole samples cut by hand."""
+    prompts, ends = make_prompts([4, 9, 1, 20, 6, 12]), [3, 5, 7, 9]
+    whole = make_sampler(llama, eos_ids=[]).sample(prompts, SamplingParams(n=4, max_new_tokens=18, seed=1))
+    look_every(steps, monkeypatch)
+    params = SamplingParams(n=4, max_new_tokens=18, seed=1, find_end=first_end)
+    cut = make_sampler(llama, slots, eos_ids=ends).sample(prompts, params)
+    kinds = set()
+    for full, c in zip(whole, cut, strict=True):
+        ids = full.token_ids.tolist()
+        of_token = next((i + 1 for i, token in enumerate(ids) if token in ends), 99)
+        of_text = first_end(ids, 0) or 99
+        length = min(of_token, of_text, 18)
+        assert c.token_ids.tolist() == ids[:length] and c.done
+        torch.testing.assert_close(c.logprobs, full.logprobs[:length], rtol=0, atol=1e-5)
+        assert c.ended == (min(of_token, of_text) <= 18)
+        kinds.add((of_token == length, of_text == length, length == 18))
+    assert len(kinds) >= 3
+
+
+def test_kept_sequences_are_cut_where_find_end_says(llama, monkeypatch):
+    """In flight: the samples are those of one call, and no token is looked at twice."""
+    look_every(2, monkeypatch)
+    prompts, looked = make_prompts([3, 40, 8, 1, 20, 5, 11, 30]), []
+
+    def watched(ids, seen):
+        looked.append(len(ids) - seen)
+        return first_end(ids, seen)
+
+    whole = SamplingParams(n=3, max_new_tokens=30, seed=2, find_end=first_end)
+    expected = tokens(make_sampler(llama, 6, eos_ids=range(3, 9)).sample(prompts, whole))
+    params = SamplingParams(n=3, max_new_tokens=30, seed=2, find_end=watched)
+    sampler, collected = make_sampler(llama, 6, eos_ids=range(3, 9)), []
+    for indices in (range(5), range(5, 8), (), ()):
+        collected += sampler.sample([prompts[i] for i in indices], params, indices=indices, enough=2)
+    assert tokens(collected) == expected and not sampler.groups
+    assert 0 < max(looked) <= 2
+
+
 def test_errors_name_the_cause(llama):
     sampler = Sampler(llama.config, 2, 32, [2], "cpu")
     with pytest.raises(ValueError, match="sync"):
