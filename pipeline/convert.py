@@ -1,0 +1,250 @@
+"""Rows of published shapes → the rows that the scripts read.
+
+    python -m pipeline.convert gsm8k/train.jsonl --to messages --out gsm8k_train.jsonl       for sft.py
+    python -m pipeline.convert hh_helpful_base.train.jsonl --out hh_train.jsonl              for reward_model.py, dpo.py
+    python -m pipeline.convert gsm8k/train.jsonl --to prompts --out gsm8k_prompts.jsonl      for grpo.py, ppo_rlvr.py
+
+A source is a .jsonl, .json or .parquet file, or a Hub id (`name`, `name@split`, `name/config@split`). The *shape* of a
+row is the first in SHAPES whose columns it has; what its values mean is one function a shape, in `pipeline/shapes/`.
+--to has to be given where a shape can become several things. A row that becomes nothing is counted, with its reason.
+"""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from common import DataError, RunError, Skip, read_rows
+from pipeline.shapes import messages, pairs, prompts
+
+
+@dataclass
+class Shape:
+    """How rows are known, and what they become.
+
+    Attributes:
+        columns: all of these; a|b is one of two, a.b the column b of an object (or of the first object in a list).
+        seen_in: who publishes such rows.
+        messages, pairs, prompts: functions row → row or rows, or None where a row cannot become that.
+        together: a pair is made of several rows, those that are equal in this column; the function gets a list.
+        as_they_are: nothing is to be done, they already are this: "messages", "pairs" or "prompts".
+    """
+
+    columns: str
+    seen_in: str = ""
+    messages: Callable | None = None
+    pairs: Callable | None = None
+    prompts: Callable | None = None
+    together: str = ""
+    as_they_are: str = ""
+
+
+READERS = {"messages": "sft.py", "pairs": "reward_model.py and dpo.py", "prompts": "grpo.py and ppo_rlvr.py"}
+SHAPES = {  # the first that fits
+    "RL": Shape("messages|prompt dataset ground_truth", as_they_are="prompts"),
+    "pair of conversations": Shape("chosen.role rejected.role", as_they_are="pairs"),
+    "ShareGPT DPO": Shape("conversations.from chosen.value rejected.value", "LLaMA-Factory", pairs=pairs.sharegpt),
+    "Alpaca DPO": Shape("instruction chosen rejected", "*LLMs from scratch*", pairs=pairs.alpaca),
+    "Orca DPO": Shape("question chosen rejected", "Intel/orca_dpo_pairs", pairs=pairs.orca),
+    "pair of answers": Shape("prompt chosen rejected", as_they_are="pairs"),
+    "HH-RLHF": Shape("chosen rejected", "Anthropic/hh-rlhf", pairs=pairs.hh),
+    "HelpSteer3": Shape("context response1 response2 overall_preference", "nvidia/HelpSteer3", pairs=pairs.helpsteer3),
+    "HelpSteer2": Shape("prompt response helpfulness", "nvidia/HelpSteer2", pairs=pairs.helpsteer2, together="prompt"),
+    "Nectar": Shape("prompt answers.rank", "berkeley-nest/Nectar", pairs=pairs.nectar),
+    "KTO": Shape("prompt completion label", "TRL's KTO", messages=messages.kto, pairs=pairs.kto, together="prompt"),
+    "LLMBar": Shape("input output_1 output_2 label", "princeton-nlp/LLMBar", pairs=pairs.llmbar),
+    "glaive": Shape("system chat", "glaiveai/glaive-function-calling-v2", messages=messages.glaive),
+    "xLAM": Shape("query tools answers", "Salesforce/xlam-function-calling-60k", messages=messages.xlam),
+    "ShareGPT": Shape("conversations.from|messages.from", "FastChat, LLaMA-Factory", messages=messages.sharegpt),
+    "typed parts": Shape("messages.content.value", "LLaMA-Factory's reason_tool_use", messages=messages.typed_parts),
+    "messages": Shape("messages|conversations", as_they_are="messages"),
+    "prompt and completion": Shape("prompt completion", as_they_are="messages"),
+    "verl": Shape("data_source prompt reward_model.ground_truth", "verl, DAPO", prompts=prompts.verl),
+    "ORZ": Shape("0.value 1.ground_truth.value", "Open-Reasoner-Zero", prompts=prompts.orz),
+    "problem with solution": Shape("problem solution", "MATH, DeepScaleR", messages.solved, prompts=prompts.math),
+    "problem with answer": Shape("problem answer", "Big-Math", prompts=prompts.math),
+    "GSM8K": Shape("question answer", "openai/gsm8k", messages=messages.gsm8k, prompts=prompts.gsm8k),
+    "TRL's GRPO": Shape("prompt solution", "TRL", prompts=prompts.math),
+    "SVAMP": Shape("Body Question Answer", "SVAMP", prompts=prompts.svamp),
+    "IFEval": Shape("prompt instruction_id_list kwargs", "google/IFEval", prompts=prompts.ifeval),
+    "MBPP": Shape("text|prompt test_list", "MBPP and its sanitized form", prompts=prompts.mbpp),
+    "HumanEval": Shape("prompt entry_point test", "openai/openai_humaneval", prompts=prompts.humaneval),
+    "Alpaca": Shape("instruction output|response", "Alpaca, Dolly, GPTeacher", messages=messages.alpaca),
+    "self-instruct": Shape("instruction instances.output", "self-instruct's seeds", messages=messages.self_instruct),
+}
+FORM = {"dataset": ["contains", "contains"], "ground_truth": ["####", "<<"], "weights": [0.5, 0.5]}
+
+
+@dataclass
+class Args:
+    rows: tyro.conf.Positional[list[str]]  # what to read: files or Hub ids
+    out: str  # JSON lines to write, in the order of the rows; under a temporary name until all are there
+    to: Literal["messages", "pairs", "prompts"] | None = None  # what to make, where a shape leaves a choice
+    verifier: str | None = None  # judges all prompts, instead of the shape's own verifier
+    format: bool = False
+    """GSM8K's prompts: half of the reward for the line of the answer, "####", half for a calculator's mark, "<<" """
+
+
+def main(args):
+    """Converts all sources into --out. Raises RunError."""
+    if Path(args.out).resolve() in [Path(source).resolve() for source in args.rows]:
+        raise RunError(f"--out {args.out} is one of the sources")
+    if args.format and args.verifier:
+        raise RunError("--format chooses the verifiers itself: leave out --verifier")
+    target = args.to or only_target(args.rows[0])
+    if (args.format or args.verifier) and target != "prompts":
+        raise RunError("--format and --verifier are for --to prompts")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for source in args.rows:
+                for row in convert(source, target, args):
+                    file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def only_target(source):
+    """What the first row of a source becomes, if that is one thing. Raises DataError."""
+    for number, row in read(source):
+        name, targets = shape_of(source, number, row, None)
+        if len(targets) > 1:
+            raise DataError(source, number, f"{name} rows become {' or '.join(targets)}: choose with --to")
+        return targets[0]
+    raise DataError(source, None, "no rows")
+
+
+def convert(source, target, args):
+    """Yields the rows that those of a source become, and prints an account of it. Raises DataError."""
+    read_of = Counter()  # shape → rows
+    dropped = Counter()  # (shape, reason) → rows
+    first = {}  # the row in which a reason comes first
+    written = 0
+    for name, numbers, content in groups(source, target):
+        read_of[name] += len(numbers)
+        made = attempt(name, target, content, args)
+        lost = len(numbers)
+        if not isinstance(made, Skip):
+            yield from made
+            written += len(made)
+            lost -= 2 * len(made) if isinstance(content, list) else 1  # a pair takes two rows of a group
+            made = "one answer more than the pairs of its prompt take"
+        if lost:
+            dropped[name, str(made)] += lost
+            first.setdefault((name, str(made)), numbers[0])
+    shapes = ", ".join(f"{count} of {name}" for name, count in read_of.items())
+    print(f"{source}: {read_of.total()} rows read ({shapes}), {written} {target} written")
+    for (name, reason), count in dropped.most_common():
+        print(f"  {count} dropped: {reason} (first: row {first[name, reason]})")
+    if not written:
+        raise DataError(source, None, "no row could be converted")
+
+
+def groups(source, target):
+    """Yields (shape's name, row numbers, row), or a list of rows where a pair is made of several. Raises DataError."""
+    gathered = {}  # in the order of each group's first row
+    for number, row in read(source):
+        name, targets = shape_of(source, number, row, target)
+        if target not in targets:
+            raise DataError(source, number, f"{name} rows become {' or '.join(targets)}, not {target}")
+        if target == "pairs" and SHAPES[name].together:
+            key = json.dumps([name, row[SHAPES[name].together]])
+            numbers, rows = gathered.setdefault(key, ([], []))
+            numbers.append(number)
+            rows.append(row)
+        else:
+            yield name, [number], row
+    for key, (numbers, rows) in gathered.items():
+        yield json.loads(key)[0], numbers, rows
+
+
+def attempt(name, target, content, args):
+    """The new rows, a list; or the Skip that says why there are none."""
+    try:
+        made = getattr(SHAPES[name], target)(content)
+    except Skip as reason:
+        return reason
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return Skip(f"values that {name} rows do not have ({type(error).__name__}: {error})")
+    made = made if isinstance(made, list) else [made]
+    for row in made if target == "prompts" else []:
+        if args.format:
+            if name != "GSM8K":
+                raise RunError(f"--format is for GSM8K's rows, and there are rows of {name}")
+            row.update(FORM)
+        row["dataset"] = args.verifier or row["dataset"]
+        if row["dataset"] is None:
+            return Skip(f"no verifier known for data_source {content['data_source']!r}: name it with --verifier")
+    return made
+
+
+def read(source):
+    """As common.read_rows; a row that is a list becomes an object with columns "0", "1", …, as `datasets` reads it."""
+    if not holds_lists(Path(source)):
+        yield from read_rows(source)
+        return
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+        if source.endswith(".json"):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        objects = [{str(i): part for i, part in enumerate(row)} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise DataError(source, None, f"begins with a row that is a list, but: {error}") from None
+    yield from enumerate(objects, 1)
+
+
+def holds_lists(path):
+    """Whether the first row of a JSON file is a list."""
+    begins = {".json": r"\s*\[\s*\[", ".jsonl": r"\s*\["}.get(path.suffix)
+    if begins is None or not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return re.match(begins, file.read(1000)) is not None
+
+
+def shape_of(source, number, row, target):
+    """(name, targets) of a row's shape. Raises DataError if there is none, or no need of one."""
+    reader = None  # of the row as it is
+    for name, shape in SHAPES.items():
+        if all(any(has(row, path) for path in column.split("|")) for column in shape.columns.split()):
+            targets = [each for each in READERS if getattr(shape, each)]
+            if shape.as_they_are:
+                reader = reader or READERS[shape.as_they_are]
+                if target in (None, shape.as_they_are):
+                    raise DataError(source, number, f"nothing to convert: such rows are read as they are, by {reader}")
+            elif not reader or target in targets:
+                return name, targets
+    if reader:
+        raise DataError(source, number, f"such rows are read as they are, by {reader}; no {target} are made of them")
+    known = "; ".join(f"{name} ({shape.columns})" for name, shape in SHAPES.items() if not shape.as_they_are)
+    raise DataError(source, number, f"no known shape has the columns {', '.join(row)}. Known are: {known}")
+
+
+def has(row, path):
+    """Whether row has path, like "reward_model.ground_truth", and it is not null; of lists the first element counts."""
+    for key in path.split("."):
+        while isinstance(row, list):
+            row = row[0] if row else None
+        row = row.get(key) if isinstance(row, dict) else None
+    return row is not None
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except RunError as error:
+        sys.exit(f"error: {error}")
