@@ -11,7 +11,7 @@ something. Memory is the peak resident set of the whole process, as the kernel r
 it has above a process that only imports the same libraries.
 
 The model is a random Llama, its tokenizer made from the data; the pairs are HH dialogues, converted by
-demo/to_pairs.py. TRL is handed our token ids and masks, so that both train on exactly the same; it runs in float32
+pipeline.convert. TRL is handed our token ids and masks, so that both train on exactly the same; it runs in float32
 without activation checkpointing (its defaults, bf16 and checkpointing, are slower on a CPU), with its fused AdamW and
 head. The head of the reward model starts from the same weights, saved before. Contestants, SIDE_TASK[_VARIANT][_N]:
 
@@ -35,7 +35,6 @@ The ratio does not carry over to a GPU, where TRL's head is a Triton kernel and 
 
 import functools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +43,6 @@ from pathlib import Path
 
 from sft_vs_trl import (
     ON_CPU,
-    ROOT,
     Clock,
     environment,
     largest_difference,
@@ -61,7 +59,7 @@ TRAINERS = {"dpo": "DPOConfig, DPOTrainer", "reward": "RewardConfig, RewardTrain
 @dataclass
 class Args:
     data: str = "../shared/data/preference/hh_helpful_base.train.jsonl"
-    """JSONL that demo/to_pairs.py reads: HH's `chosen` and `rejected` dialogues, or one of its other shapes"""
+    """rows that pipeline.convert reads: HH's `chosen` and `rejected` dialogues, or one of its other shapes"""
     contestants: tuple[str, ...] = (
         "postcard_dpo", "trl_dpo_live", "trl_dpo_live_2", "trl_dpo_cached", "trl_dpo_cached_2", "trl_dpo_cached_1",
         "postcard_reward", "trl_reward", "trl_reward_2", "trl_reward_1",
@@ -107,9 +105,10 @@ def prepare(args, work):
     from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
     import common
+    from pipeline import convert
 
-    output = subprocess.run([sys.executable, ROOT / "demo/to_pairs.py", args.data], stdout=subprocess.PIPE, check=True)
-    pairs = [json.loads(line) for line in output.stdout.splitlines()]
+    convert.main(convert.Args([args.data], str(work / "all_pairs.jsonl"), "pairs"))
+    pairs = [json.loads(line) for line in (work / "all_pairs.jsonl").read_text().splitlines()]
     texts = [json.dumps(pair, ensure_ascii=False) if "prompt" in pair else "\n".join(
              m["content"] for side in ("chosen", "rejected") for m in pair[side]) for pair in pairs]  # fmt: skip
     tokenizer = train_tokenizer(texts)

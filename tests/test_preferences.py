@@ -5,8 +5,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
 import time
 import weakref
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
-from launch import ROOT, call, metrics, run, start, trace
+from launch import call, metrics, run, start, trace
 from test_kernels import relative_error, tiny_config
 from test_sft import assert_same_trajectory
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -26,13 +24,14 @@ import common
 import dpo
 import reward_model
 from common import ChatFormat, PairEncoder, Skip, load_rows, load_tokenizer
+from pipeline import convert
 
 
 def hh_pairs(folder, count):
     """`count` real pairs, made by the converter of the README."""
     source = shared("data", "preference", "hh_helpful_base.train.jsonl")
-    command = [sys.executable, ROOT / "demo" / "to_pairs.py", source]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    convert.main(convert.Args([str(source)], str(folder / "pairs.jsonl")))
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
     return write_jsonl(folder / "hh.jsonl", [json.loads(line) for line in lines if len(line) < 700][:count])
 
 
