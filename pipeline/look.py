@@ -12,7 +12,7 @@ elsewhere trained ones stand ⟦in brackets⟧.
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ class Args:
     kind: Annotated[Literal["sft", "pairs", "prompts"] | None, tyro.conf.arg(name="for")] = None
     """whose rows these are; by default as the columns of the first row say"""
     chat_template: str | None = None  # tulu, chatml or a Jinja file; by default the tokenizer's own
-    content_tokens: list[str] | None = None  # control tokens that stay tokens where assistant content has them
+    content_tokens: list[str] = field(default_factory=list)  # control tokens that stay tokens where assistant content has them
     max_length: int | None = None  # longest sequence, in tokens; by default the script's: 4096, for pairs 2048
     max_new_tokens: int = 2048  # prompts: room that they have to leave in --max_length
     overlong: Literal["truncate", "drop"] = "truncate"
@@ -48,7 +48,7 @@ class Args:
 def main(args):
     """Prints it all. Raises RunError."""
     kind = args.kind or guess_kind(args.data[0])
-    chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens or [])
+    chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
     limit = args.max_length or MAX_LENGTH[kind]
     if kind == "prompts":
         limit -= args.max_new_tokens
