@@ -34,12 +34,13 @@ class Args:
     kind: Annotated[Literal["sft", "pairs", "prompts"] | None, tyro.conf.arg(name="for")] = None
     """whose rows these are; by default as the columns of the first row say"""
     chat_template: str | None = None  # tulu, chatml or a Jinja file; by default the tokenizer's own
-    content_tokens: list[str] = field(default_factory=list)  # control tokens that stay tokens where assistant content has them
+    content_tokens: list[str] = field(default_factory=list)  # control tokens that stay so in assistant content
     max_length: int | None = None  # longest sequence, in tokens; by default the script's: 4096, for pairs 2048
     max_new_tokens: int = 2048  # prompts: room that they have to leave in --max_length
     overlong: Literal["truncate", "drop"] = "truncate"
     """what happens to longer sequences; reward_model.py drops them by default, and longer prompts are always dropped"""
     max_skip_frac: float = 0.01  # share of a source's rows above which a script refuses to start
+    train_turns: Literal["all", "last"] = "all"  # sft.py's: which of the assistant's turns are trained on
     seed: int = 1  # decides which rows an AMOUNT takes
     rows: int = 3  # rows shown of each source, evenly spaced
     borders: bool = False  # show where each token ends, by two shades, or by │ where there are no colours
@@ -55,10 +56,11 @@ def main(args):
         if limit <= 0:
             raise common.RunError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length")
     size = vocabulary(args.model, chat.tokenizer)
-    rows = load(args, ENCODERS[kind](chat, size, limit, args.overlong))
+    turns = [args.train_turns] if kind == "sft" else []
+    rows = load(args, ENCODERS[kind](chat, size, limit, args.overlong, *turns))
     whole = rows
     if any("--max_length" in line for line in rows.report):  # some are cut or dropped: how long are they?
-        whole = load(args, ENCODERS[kind](chat, size, UNLIMITED, args.overlong))
+        whole = load(args, ENCODERS[kind](chat, size, UNLIMITED, args.overlong, *turns))
     for number, name in enumerate(rows.sources):
         print()
         print_sizes(name, rows, source_rows(rows, number))

@@ -61,6 +61,13 @@ def test_conversations(capsys, mixed):
     assert "refuse" not in out
 
 
+def test_the_last_turn_alone(capsys, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("A", "one")["messages"] + chat("B", "two")["messages"]}])
+    assert "⟦one</s>⟧" in looked(capsys, [data]) and "⟦two</s>⟧" in looked(capsys, [data])
+    last = looked(capsys, [data], train_turns="last")
+    assert "⟦one" not in last and "⟦two</s>⟧" in last
+
+
 def test_a_refusal_is_foretold(capsys, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [chat(answer="")] * 3 + [chat()])
     out = looked(capsys, [data])
@@ -144,6 +151,7 @@ def test_defaults_are_the_scripts():
         for script in scripts:
             assert script.Args.max_length == look.MAX_LENGTH[kind]
             assert kind == "prompts" or script.Args.overlong == ("drop" if script is reward_model else Args.overlong)
+            assert kind != "sft" or script.Args.train_turns == Args.train_turns
             same = ["seed", "max_skip_frac"] + (["max_new_tokens"] if kind == "prompts" else [])
             assert [getattr(script.Args, name) for name in same] == [getattr(Args, name) for name in same]
 
