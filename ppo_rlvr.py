@@ -111,8 +111,10 @@ class Args:
     steps: int | None = None  # stop after this many steps, if that is sooner
     max_length: int = 4096  # longest sequence, in tokens
     max_new_tokens: int = 2048  # longest completion; a prompt without room for it in --max_length is dropped (counted)
+    stop_strings: list[str] = field(default_factory=list)  # a completion also ends once its text has one: "</answer>"
 
     # sampling and judging
+    solved: float | None = None  # a prompt is not drawn again once its group earns this share of the highest reward
     slots: int = 32  # sequences that one rank samples at a time; does not change the samples
     inflight: int = 0  # prompts begun beyond a batch; what is unfinished when a batch is full goes on in the next step
     max_staleness: int = 4  # with --inflight: a step does wait for what was begun so many steps ago
@@ -295,7 +297,9 @@ def main(args):
     check_flags(args)
     config = load_config(args)
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off: the sampler has none
-    chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template)
+    day = on_rank0(lambda: common.start_date(args.out))  # for templates that print it: a run keeps that of its start
+    chat = common.ChatFormat(tokenizer, args.content_tokens, day)
     value_args = dataclasses.replace(args, model=args.value_model or args.model, lr=args.value_lr)
     value_config = load_value_config(value_args, config, chat)
     encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop")
@@ -327,6 +331,8 @@ def main(args):
         return policy(microbatch, args.temperature)[0]  # (T,)
 
     for step in range(run.first_step, run.end_step):
+        if rollouts.are_all_solved():
+            break  # nothing is left to learn from: the run is finished
         run.begin(step)  # starts the clock, seeds what is random
 
         # Sample groups: prompts → completions → verdicts. All ranks get the same.
@@ -396,7 +402,7 @@ def main(args):
             updates.append(update)
 
         # Log, evaluate, save.
-        entry = {"step": step + 1, "lr": lr, "groups": len(groups)}
+        entry = {"step": step + 1, "lr": lr, "groups": len(groups), "solved_prompts": len(rollouts.solved)}
         entry.update(rollout_metrics(groups, step))
         entry.update(value_metrics(samples))
         entry.update(mean_of_updates(updates))
@@ -422,6 +428,10 @@ def check_flags(args):
     """Raises RunError for flags that cannot work together."""
     if args.group_size < 1 or not 0 < args.max_new_tokens < args.max_length or args.temperature <= 0:
         raise common.RunError("need --group_size >= 1, 0 < --max_new_tokens < --max_length and --temperature > 0")
+    if args.solved is not None and not 0 < args.solved <= 1:
+        raise common.RunError(f"--solved {args.solved} is a share of the highest reward: above 0, at most 1")
+    if "" in args.stop_strings:
+        raise common.RunError("--stop_strings has an empty string, which every completion has")
 
 
 def split(items, parts):
@@ -743,6 +753,7 @@ class Run:
             "script": Path(__file__).name,
             "data": [rows and rows.fingerprint for rows in (self.rows, self.eval_rows)],
             "args": redact(dataclasses.asdict(self.args)),
+            "date": self.chat.date,
             "world_size": dist.get_world_size(),
             "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")},
             "commit": commit.stdout.strip() or None,  # None outside of a repository
@@ -895,14 +906,13 @@ class Run:
 
     def finish(self, module):
         """Publishes the final model as OUT/model, which marks the run as finished; not at --stop_step."""
-        is_whole = self.end_step == self.num_steps
-        if is_whole:
+        if self.end_step < self.num_steps:
+            on_rank0(lambda: print(f"stopped at --stop_step {self.end_step}: the same command without it goes on"))
+        else:
             export_model(self.args, module.model, self.chat, self.out / "model.tmp")
-        if self.is_rank0 and is_whole:
-            sync_to_disk(self.out / "model.tmp")
-            (self.out / "model.tmp").rename(self.out / "model")
-        elif self.is_rank0:
-            print(f"stopped at --stop_step {self.args.stop_step}: the same command without it goes on")
+            if self.is_rank0:
+                sync_to_disk(self.out / "model.tmp")
+                (self.out / "model.tmp").rename(self.out / "model")
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
@@ -918,7 +928,8 @@ def export_model(args, model, chat, path):
         config.update({"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id})
         with torch.device("meta"):
             skeleton = type(model)(config).to(config.dtype)
-        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
+        stop_ids = chat.stop_ids[0] if len(chat.stop_ids) == 1 else chat.stop_ids
+        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stop_ids)
         names = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied head appears once
         own = {name: weights.pop(name).to(config.dtype) for name in names if name in weights}
         skeleton.save_pretrained(path, state_dict=own)

@@ -178,8 +178,10 @@ def main(args):
     config = load_config(args)
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off: scores should not be noisy
     config.num_labels = 1
-    chat = common.ChatFormat(common.load_tokenizer(args.model, args.chat_template), args.content_tokens)
-    if config.pad_token_id == chat.end_of_turn:  # transformers scores the last token that is not padding
+    tokenizer = common.load_tokenizer(args.model, args.chat_template)
+    day = on_rank0(lambda: common.start_date(args.out))  # for templates that print it: a run keeps that of its start
+    chat = common.ChatFormat(tokenizer, args.content_tokens, day)
+    if config.pad_token_id in chat.stop_ids:  # transformers scores the last token that is not padding
         config.pad_token_id = None
     encode = common.PairEncoder(chat, config.vocab_size, args.max_length, args.overlong)
     rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
@@ -442,6 +444,7 @@ class Run:
             "script": Path(__file__).name,
             "data": [rows and rows.fingerprint for rows in (self.rows, self.eval_rows)],
             "args": redact(dataclasses.asdict(self.args)),
+            "date": self.chat.date,
             "world_size": dist.get_world_size(),
             "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")},
             "commit": commit.stdout.strip() or None,  # None outside of a repository
@@ -594,14 +597,13 @@ class Run:
 
     def finish(self, module):
         """Publishes the final model as OUT/model, which marks the run as finished; not at --stop_step."""
-        is_whole = self.end_step == self.num_steps
-        if is_whole:
+        if self.end_step < self.num_steps:
+            on_rank0(lambda: print(f"stopped at --stop_step {self.end_step}: the same command without it goes on"))
+        else:
             export_model(self.args, module.model, self.chat, self.out / "model.tmp")
-        if self.is_rank0 and is_whole:
-            sync_to_disk(self.out / "model.tmp")
-            (self.out / "model.tmp").rename(self.out / "model")
-        elif self.is_rank0:
-            print(f"stopped at --stop_step {self.args.stop_step}: the same command without it goes on")
+            if self.is_rank0:
+                sync_to_disk(self.out / "model.tmp")
+                (self.out / "model.tmp").rename(self.out / "model")
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
@@ -617,7 +619,8 @@ def export_model(args, model, chat, path):
         config.update({"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id})
         with torch.device("meta"):
             skeleton = type(model)(config).to(config.dtype)
-        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=chat.end_of_turn)
+        stop_ids = chat.stop_ids[0] if len(chat.stop_ids) == 1 else chat.stop_ids
+        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stop_ids)
         names = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied head appears once
         own = {name: weights.pop(name).to(config.dtype) for name in names if name in weights}
         skeleton.save_pretrained(path, state_dict=own)

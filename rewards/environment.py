@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import common
 from kernels.sampler import Sampler, SamplingParams
-from rewards.pool import Pool, failure_rates
+from rewards.pool import Pool, failure_rates, split_job
 from rewards.verifiers import Verdict
 
 
@@ -41,7 +41,7 @@ class JudgedCompletion:
     input_ids: np.ndarray  # (L,) prompt and completion
     trained: np.ndarray  # (L,) true in the completion
     behaviour_logprobs: np.ndarray  # (N,) of its tokens when they were sampled, temperature included
-    ended: bool  # with an end token; otherwise it was cut off
+    ended: bool  # with an end token or a stop string; otherwise it was cut off
     text: str
     reward: float
     verdict: Verdict
@@ -63,12 +63,43 @@ class JudgedCompletion:
         return {}
 
 
+class StopStrings:
+    """Finds the token with which a completion's text first has one of `strings`; for SamplingParams.find_end.
+
+    Looks at the text of the last tokens up to each: enough to hold every string, even if each token is one byte of it.
+    So the end depends on the tokens alone, and a token of a long completion costs no more than one of a short one.
+    """
+
+    def __init__(self, tokenizer, strings):
+        self.tokenizer = tokenizer
+        self.strings = strings
+        self.most_tokens = 1 + max(len(string.encode()) for string in strings)  # 1: the first may lose its space
+
+    def __call__(self, token_ids, seen):
+        """How many tokens of `token_ids` end the completion, or None; it has been called with `seen` of them before."""
+        for length in range(seen + 1, len(token_ids) + 1):
+            if self._has_string(token_ids[max(0, length - self.most_tokens) : length]):
+                return length
+        return None
+
+    def _has_string(self, token_ids):
+        """Whether the text of these tokens has one, or that of the last where the first are parts of a character."""
+        for start in range(len(token_ids)):
+            text = self.tokenizer.decode(token_ids[start:], clean_up_tokenization_spaces=False)
+            if any(string in text for string in self.strings):
+                return True
+            if "\ufffd" not in text:
+                return False
+        return False
+
+
 class Rollouts:
     """Completions of the prompts in `rows`, judged.
 
     Args:
-        args: has group_size, max_new_tokens, temperature, inflight, max_staleness, slots, max_length, seed, out,
-            verifier_workers, sandbox, max_logprob_gap, log_samples, eval_samples, eval_temperature.
+        args: has group_size, max_new_tokens, temperature, stop_strings, solved, inflight, max_staleness, slots,
+            max_length, seed, out, verifier_workers, sandbox, max_logprob_gap, log_samples, eval_samples,
+            eval_temperature.
         chat: the common.ChatFormat. rows: common.Rows of a common.PromptEncoder. eval_rows: likewise, or None.
         sample_class: JudgedCompletion, or a dataclass made from it. signals: a list; once there is something in it,
             sampling ends early.
@@ -84,6 +115,8 @@ class Rollouts:
         self.sample_class = sample_class
         self.signals = signals
         self.cursor = 0  # the next position in the stream
+        self.solved = set()  # rows that are not drawn again
+        self.find_end = StopStrings(chat.tokenizer, args.stop_strings) if args.stop_strings else None
         self.pool = Pool(args.verifier_workers, args.sandbox)
         self._check(rows)
         if eval_rows:
@@ -91,9 +124,8 @@ class Rollouts:
 
     def make_sampler(self, config, device):
         """Makes the sampler, without weights: `sync` brings them. Raises RunError if it cannot be, or has no room."""
-        eos_ids = {self.chat.end_of_turn, self.chat.tokenizer.eos_token_id} - {None}
         try:
-            self.sampler = Sampler(config, self.args.slots, self.args.max_length, eos_ids, device)
+            self.sampler = Sampler(config, self.args.slots, self.args.max_length, self.chat.stop_ids, device)
         except ValueError as error:
             raise common.RunError(str(error)) from None
 
@@ -108,19 +140,25 @@ class Rollouts:
         `missing` is answered, whichever prompts these are. What is unfinished then goes on in the next call, under the
         weights of then. A rank with a prompt that was begun --max_staleness steps ago finishes all of its own, so there
         may be more groups than are missing. After a signal there may be fewer.
+
+        With --solved, a prompt of which a group has earned that share of the most that it could is not drawn again.
+        When all are solved, nothing is.
         """
         args = self.args
         in_flight = sum(self._gather([len(self.sampler.groups)]))  # over all ranks
         new = max(0, missing + args.inflight - in_flight)
-        positions = range(self.cursor, self.cursor + new)
-        self.cursor += new
+        positions = self._draw(new)
         begun = [step_begun for step_begun, _ in self.sampler.groups]  # of what this rank has in flight
         enough = None  # all that this rank has begun
         if args.inflight and step - min(begun, default=step) < args.max_staleness:
             enough = len(self._my_share(range(missing)))
         mine = self._my_share(positions)
         params = SamplingParams(
-            n=args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
+            n=args.group_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            find_end=self.find_end,
         )
         completions = self.sampler.sample(
             self._prompts(self.rows, [self._row(position) for position in mine]),
@@ -130,7 +168,17 @@ class Rollouts:
             enough=enough,
             stop=lambda: bool(self.signals),
         )
-        return self._judge(self.rows, completions, [self._row(c.index) for c in completions])
+        groups = self._judge(self.rows, completions, [self._row(c.index) for c in completions])
+        self.solved.update(group[0].row for group in groups if self._is_solved(group))
+        return groups
+
+    def are_all_solved(self):
+        """Whether no prompt is left to draw, by --solved. Rank 0 says so."""
+        if len(self.solved) < len(self.rows):
+            return False
+        if _rank() == 0:
+            tqdm.write(f"all {len(self.rows)} prompts are solved, by --solved {self.args.solved}: the run ends here")
+        return True
 
     def sample_all(self, rows):
         """Groups of --eval_samples for every one of other `rows`. What is in flight waits meanwhile."""
@@ -139,7 +187,11 @@ class Rollouts:
         self.sampler.load_state_dict({"completions": []})
         mine = self._my_share(range(len(rows)))
         params = SamplingParams(
-            n=args.eval_samples, max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, seed=args.seed
+            n=args.eval_samples,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.eval_temperature,
+            seed=args.seed,
+            find_end=self.find_end,
         )
         step = -1  # its noise is no training step's
         completions = self.sampler.sample(self._prompts(rows, mine), params, step=step, indices=mine)
@@ -204,8 +256,8 @@ class Rollouts:
             )
 
     def state_dict(self):
-        """What this rank needs to go on: the cursor, and its completions in flight."""
-        return {"cursor": self.cursor, "sampler": self.sampler.state_dict()}
+        """What this rank needs to go on: the cursor, which prompts are solved, and its completions in flight."""
+        return {"cursor": self.cursor, "solved": sorted(self.solved), "sampler": self.sampler.state_dict()}
 
     def load_state_dicts(self, states):
         """Goes on from the `state_dict` of every rank of then; of no ranks, from the beginning.
@@ -214,7 +266,8 @@ class Rollouts:
         """
         if not states:
             return
-        self.cursor = states[0]["cursor"]
+        self.cursor = states[0]["cursor"]  # the same on all ranks, as is what is solved
+        self.solved = set(states[0]["solved"])
         completions = [state["sampler"]["completions"] for state in states]  # of each rank
         if len(states) == _world():
             mine = completions[_rank()]
@@ -233,7 +286,9 @@ class Rollouts:
         texts = []
         jobs = []
         for completion, row in zip(completions, row_numbers, strict=True):
-            answer = completion.token_ids[:-1] if completion.ended else completion.token_ids  # without the end token
+            answer = completion.token_ids
+            if completion.ended and answer[-1] in self.sampler.eos_ids:
+                answer = answer[:-1]  # without the end token
             text = tokenizer.decode(answer, skip_special_tokens=True)
             texts.append(text)
             # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
@@ -278,6 +333,24 @@ class Rollouts:
         if not row_numbers:
             return []
         return [input_ids for input_ids, _ in rows.sequences(row_numbers)]
+
+    def _draw(self, count):
+        """The next so many positions of the stream whose prompts are not solved; none if all are."""
+        positions = []
+        while len(positions) < count and len(self.solved) < len(self.rows):
+            if self._row(self.cursor) not in self.solved:
+                positions.append(self.cursor)
+            self.cursor += 1
+        return positions
+
+    def _is_solved(self, group):
+        """Whether the completions of a prompt have earned, in the mean, the share --solved of the most they could."""
+        if self.args.solved is None:
+            return False
+        verifier, ground_truth, weights = json.loads(self.rows.table["job"][group[0].row])
+        _, weights = split_job(verifier, "", ground_truth, weights)
+        most = sum(max(0, weight) for weight in weights)
+        return np.mean([sample.reward for sample in group]) >= self.args.solved * most
 
     def _row(self, position):
         """The row at a position of the stream."""

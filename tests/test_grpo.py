@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import datasets
@@ -14,17 +15,17 @@ import numpy as np
 import pytest
 import rl
 import torch
-from conftest import user, write_jsonl
+from conftest import EOS, TOKENIZERS, user, write_jsonl
 from forked import forked
 from launch import call, metrics, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import common
 import grpo
 import rewards
 from common import RunError
-from kernels.sampler import Sampler
-from rewards.environment import Rollouts, flatten, held_out_metrics
+from kernels.sampler import Completion, Sampler
+from rewards.environment import Rollouts, StopStrings, flatten, held_out_metrics
 
 ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
 
@@ -318,6 +319,8 @@ def test_random_rewards_teach_nothing(start, tmp_path, seed):
         ({}, [{"messages": [{"role": "system", "content": "x"}], "dataset": "gsm8k", "ground_truth": "5"}], r"row 2: messages has no question"),
         ({"group_size": 1}, [], "--group_size 1 has nothing to compare"),
         ({"max_new_tokens": 64}, [], "--max_new_tokens < --max_length"),
+        ({"solved": 0.0}, [], "--solved 0.0 is a share of the highest reward"),
+        ({"stop_strings": ["a", ""]}, [], "--stop_strings has an empty string"),
         ({"max_length": 129}, [], "--max_length 129 is beyond"),
         ({"max_logprob_gap": 1e-12}, [], "sampled and recomputed log-probabilities differ"),
         ({}, [{"messages": [user("?")], "dataset": "raises", "ground_truth": "5"}] * 40, "completions could not be judged"),
@@ -361,6 +364,18 @@ def test_the_number_of_processes_changes_nothing(alone, tmp_path, processes):
 
 
 @pytest.mark.slow
+def test_processes_change_neither_what_is_solved_nor_where_completions_stop(alone, tmp_path):
+    flags, _ = alone
+    flags = flags | {"solved": 0.6, "stop_strings": ["e", "a"], "steps": 6}
+    for processes in (1, 2):
+        run("grpo.py", processes, out=tmp_path / str(processes), **flags)
+    names = (*LOSSES, "solved_prompts", "eos_rate")
+    np.testing.assert_allclose(*(trajectory(tmp_path / name, *names) for name in "12"), rtol=1e-3, atol=1e-6)
+    solved = [line["solved_prompts"] for line in metrics(tmp_path / "1")]
+    assert 0 < solved[0] < solved[-1] < 32, solved
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
     """kill -9 five times, at any moment; with the samples in flight too."""
@@ -389,6 +404,136 @@ def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start):
     assert [(sample.reward, sample.text) for sample in found] == [(0.0, "5 it is"), (1.0, "5 it is")]
 
 
+# ------------------------------------------------------------------------------------------------------ solved prompts
+
+
+def rows_in_order(out):
+    """The row of every group that was sampled, in the order of the stream. All samples have to be logged."""
+    lines = [json.loads(line) for line in open(out / "samples.jsonl")]
+    return [int(line["row"].split("row ")[1]) - 1 for line in lines][::4]
+
+
+def test_solved_prompts_are_not_drawn_again(start, tmp_path):
+    """Half of the prompts are always answered rightly: each comes once, the others once in each epoch of the stream."""
+    rows = [{"messages": [user(f"{i}?")], "dataset": "small" if i % 2 else "hangs", "ground_truth": "5"} for i in range(16)]
+    data = [write_jsonl(tmp_path / "rows.jsonl", rows)]
+    call(grpo, out=tmp_path / "run", **start | {"data": data, "solved": 0.875, "log_samples": 10**6, "steps": 9})
+    found = rows_in_order(tmp_path / "run")
+    expected, solved = [], set()
+    for row in common.stream(16, 1, range(999)).tolist():
+        if row not in solved and len(expected) < len(found):
+            expected.append(row)
+            solved |= {row} if row % 2 == 0 else set()
+    assert found == expected and len(found) > 8 + 3 * 8
+    assert metrics(tmp_path / "run")[-1]["solved_prompts"] == 8
+    call(grpo, out=tmp_path / "off", **start | {"data": data, "log_samples": 10**6, "steps": 5})
+    found = rows_in_order(tmp_path / "off")
+    assert found == common.stream(16, 1, range(len(found))).tolist()
+    assert metrics(tmp_path / "off")[-1]["solved_prompts"] == 0
+
+
+def test_when_all_prompts_are_solved_the_run_is_finished(start, tmp_path, capfd):
+    rows = [{"messages": [user(f"{i}?")], "dataset": "hangs", "ground_truth": "5"} for i in range(10)]
+    flags = start | {"data": [write_jsonl(tmp_path / "rows.jsonl", rows)], "solved": 1.0, "active_sampling": 0}
+    for _ in range(2):
+        call(grpo, out=tmp_path / "run", **flags)
+        lines = metrics(tmp_path / "run")
+        assert [(line["groups"], line["solved_prompts"]) for line in lines] == [(4, 4), (4, 8), (4, 10)]
+    assert capfd.readouterr().out.count("all 10 prompts are solved, by --solved 1.0: the run ends here") == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    call(grpo, out=tmp_path / "active", **flags | {"active_sampling": 8})  # all within the first step, none to learn from
+    assert [(line["groups"], line["solved_prompts"]) for line in metrics(tmp_path / "active")] == [(0, 10)]
+
+
+@pytest.mark.parametrize("flags", [{}, {"inflight": 6, "slots": 8}], ids=str)
+def test_what_is_solved_survives_a_stop(start, tmp_path, flags):
+    """Stopped at two steps, where some prompts are solved and others are not: the numbers are those of one run."""
+    flags = start | {"solved": 0.5, "steps": 8, "log_samples": 10**6} | flags
+    call(grpo, out=tmp_path / "whole", **flags)
+    for stop in (3, 6, None):
+        call(grpo, out=tmp_path / "run", **flags | {"stop_step": stop})
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    assert rows_in_order(tmp_path / "run") == rows_in_order(tmp_path / "whole")
+    solved = [line["solved_prompts"] for line in metrics(tmp_path / "whole")]
+    assert solved == [line["solved_prompts"] for line in metrics(tmp_path / "run")]
+    assert 0 < solved[2] < solved[5] < solved[-1] < 32, solved
+
+
+@pytest.mark.parametrize(
+    ("job", "rewards", "solved"),
+    [
+        (["gsm8k", "5", None], [1.0] * 7 + [0.0], True),
+        (["gsm8k", "5", None], [1.0] * 6 + [0.5, 0.0], False),
+        (["gsm8k", "5", 2.0], [2.0] * 7 + [0.0], True),
+        (["gsm8k", "5", 2.0], [1.0] * 8, False),
+        ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, 1.0]], [3.0] * 7 + [0.0], True),
+        ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, 1.0]], [2.0] * 8, False),
+        ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, -1.0]], [1.0] * 8, False),
+    ],
+)
+def test_solved_is_a_share_of_the_highest_reward(job, rewards, solved):
+    rollouts = Rollouts.__new__(Rollouts)
+    rollouts.args = dataclasses.replace(ARGS, solved=0.875)
+    rollouts.rows = SimpleNamespace(table={"job": [json.dumps(job)]})
+    group = samples(rewards, [1] * 8)
+    assert rollouts._is_solved(group) == solved
+    rollouts.args = ARGS
+    assert not rollouts._is_solved(group)
+
+
+# -------------------------------------------------------------------------------------------------------- stop strings
+
+
+def shortest_with(tokenizer, ids, strings):
+    """The definition: how many tokens have a text with one of the strings."""
+    for length in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
+        if any(string in text for string in strings):
+            return length
+    return None
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_stop_strings_are_found_in_the_text_of_all_tokens(kind):
+    """Whatever was looked at before: in sentences, with characters of several tokens, and in random tokens."""
+    tokenizer, rng, found = TOKENIZERS[kind](), np.random.default_rng(0), 0
+    texts = ("It is <b>48</b>.</answer> So", "</think>a\n\nb 😀\nUser: 好", "你好，世界 😀\n### She sold </b>clips in May", "no end")
+    cases = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    words = [i for i in range(len(tokenizer)) if not tokenizer.convert_ids_to_tokens(i).startswith("<0x")]
+    cases += [rng.choice(words, 80).tolist() for _ in range(20)]
+    few = [i for i in words if tokenizer.convert_ids_to_tokens(i) in ("▁", "Ġ", "a", "b")]  # a space as a token of its own
+    cases += [rng.choice(few, 20).tolist() for _ in range(5) if few]
+    for strings in (["</answer>"], ["\nUser:", "###"], ["\n\n", "好"], [" sold </b>", "界 😀"], ["</think>", "e"], [" a"]):
+        for ids in cases:
+            expected = shortest_with(tokenizer, ids, strings)
+            find_end = StopStrings(tokenizer, strings)
+            assert find_end(np.array(ids), 0) == expected, (strings, tokenizer.decode(ids))
+            found += expected is not None
+            cuts = sorted({0, len(ids), *rng.integers(0, len(ids) + 1, 3).tolist()})
+            looks = [find_end(np.array(ids[:cut]), seen) for seen, cut in pairwise(cuts)]
+            assert next((end for end in looks if end is not None), None) == expected
+    assert found > 20
+
+
+def test_a_stop_string_ends_a_completion(start, tmp_path, monkeypatch):
+    """Another look interval, other slots: the same run. Completions end with the token that has "e", and count as ended;
+    the verifier sees them whole, and --no_eos_score has nothing against them."""
+    flags = start | {"stop_strings": ["e", "zz"], "no_eos_score": 0.0, "active_sampling": 0, "log_samples": 99, "steps": 2}
+    call(grpo, out=tmp_path / "run", **flags)
+    run = Sampler._run
+    monkeypatch.setattr(Sampler, "_run", lambda self, temperature: [run(self, temperature) for _ in range(5)])
+    call(grpo, out=tmp_path / "other", **flags | {"slots": 5})
+    np.testing.assert_allclose(trajectory(tmp_path / "other"), trajectory(tmp_path / "run"), rtol=2e-4, atol=1e-7)
+    lines = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("run", "other")]
+    assert [line["completion"] for line in lines[0]] == [line["completion"] for line in lines[1]]
+    stopped = [line for line in lines[0] if "e" in line["completion"]]
+    assert len(stopped) > 5 and all(line["ended"] for line in stopped)
+    assert any(not line["ended"] for line in lines[0])
+    for line in stopped:
+        text = line["completion"]
+        assert "e" not in text[:-8] and line["reward"] == sum(map(str.islower, text)) / len(text)
+
+
 # ---------------------------------------------------------------------------------------------- another number of ranks
 
 
@@ -407,7 +552,7 @@ def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
         return {"step": 3, "index": index, "sample": sample, "token_ids": np.array([index, sample])}
 
     def state(*indices):
-        return {"cursor": 20, "sampler": {"completions": [completion(i, sample) for i in indices for sample in range(4)]}}
+        return {"cursor": 20, "solved": [3], "sampler": {"completions": [completion(i, sample) for i in indices for sample in range(4)]}}
 
     states = [state(12, 15, 17), state(13)]
     shares = []
@@ -417,7 +562,7 @@ def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
         monkeypatch.setattr("rewards.environment._rank", lambda: rank)
         monkeypatch.setattr("rewards.environment._world", lambda: ranks)
         rollouts.load_state_dicts(states)
-        assert rollouts.cursor == 20
+        assert rollouts.cursor == 20 and rollouts.solved == {3}
     dealt = [in_flight([{"sampler": share}]) for share in shares]
     assert sum(map(len, dealt)) == 4 and {**dealt[0], **dict(flatten(d.items() for d in dealt))} == in_flight(states)
     assert all(len(group) == 4 for d in dealt for group in d.values())
@@ -451,6 +596,30 @@ def test_completions_in_flight_survive_another_number_of_processes(start, tmp_pa
         for ids in group:
             begun = tokenizer.decode(ids[:-1], skip_special_tokens=True)  # the last may be half a character, or the end
             assert any(answer.startswith(begun) for answer in answers), (position, begun, answers)
+
+
+@pytest.mark.parametrize("template", ["tulu", "chatml"])
+def test_sampling_stops_on_all_stop_ids(start, template):
+    """The end of a turn and the tokenizer's; a completion that ended on either is finished, and judged without it."""
+    args = grpo.Args(**{**start, "model": str(start["model"]), "out": ""})
+    chat = common.ChatFormat(common.load_tokenizer(args.model, template))
+    encode = common.PromptEncoder(chat, len(chat.tokenizer), args.max_length - args.max_new_tokens, "drop")
+    rollouts = Rollouts(args, chat, common.load_rows([start["data"][0].replace("train", "test")], encode))
+    config = AutoConfig.from_pretrained(args.model)
+    rollouts.make_sampler(config, "cpu")
+    names = {"tulu": [EOS], "chatml": ["<|im_end|>", EOS]}[template]
+    ids = chat.tokenizer.convert_tokens_to_ids(names)
+    assert rollouts.sampler.eos_ids == set(ids)
+    answer = chat.tokenizer.encode("5 it is", add_special_tokens=False)
+
+    def completion(index, end):
+        token_ids = np.array([*answer, *end])
+        return Completion(0, index, 0, np.array([1, 34]), token_ids, np.zeros(len(token_ids)), bool(end), True)
+
+    rollouts.sampler.sample = lambda *_, **__: [completion(0, []), *(completion(1 + i, [end]) for i, end in enumerate(ids))]
+    found = flatten(rollouts.sample_all(rollouts.rows))
+    rollouts.close()
+    assert [(sample.text, sample.ended) for sample in found] == [("5 it is", False)] + [("5 it is", True)] * len(ids)
 
 
 def test_the_environment_without_a_policy_in_training(start, reference):

@@ -420,6 +420,25 @@ def test_interrupted_runs_continue_bit_for_bit(start, reference, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_a_stopped_run_goes_on_bit_for_bit(start, tmp_path):
+    """Stopped twice, with some prompts solved; completions that end with a stop string are no cut-off ones."""
+    flags = start | {"solved": 0.5, "stop_strings": ["e"], "no_eos_score": -1.0, "batch_size": 6, "steps": 5, "log_samples": 99}
+    call(ppo_rlvr, out=tmp_path / "whole", **flags)
+    for stop in (2, 4, None):
+        call(ppo_rlvr, out=tmp_path / "run", **flags | {"stop_step": stop})
+        assert metrics(tmp_path / "run")[-1]["step"] == (stop or 5)
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
+    solved = [line["solved_prompts"] for line in lines]
+    assert solved == [line["solved_prompts"] for line in metrics(tmp_path / "run")]
+    assert 0 < solved[1] < solved[3] < 32, solved
+    shown = [json.loads(line) for line in open(tmp_path / "whole" / "samples.jsonl")]
+    for line in shown:
+        assert line["ended"] or "e" not in line["completion"]
+        assert line["rewards"][-1] + 0.05 * line["kls"][-1] == pytest.approx(10 * line["reward"] if line["ended"] else -1, abs=2e-4)
+    assert {line["ended"] for line in shown} == {True, False}
+
+
 TEACHING = {"batch_size": 64, "minibatches": 4, "passes": 4, "steps": 15, "lr": 5e-3, "value_lr": 5e-3, "eval_samples": 4, "eval_every": 100,
             "epochs": 99, "value_clip": 0.0}  # fmt: skip
 

@@ -18,7 +18,7 @@ from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
 from launch import call, metrics, run, start, trace
 from test_kernels import relative_error, tiny_config
 from test_sft import assert_same_trajectory
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import dpo
@@ -351,6 +351,30 @@ def test_reward_model_opens_elsewhere(hh, reference):
     last = metrics(out)[-1]
     assert math.isclose(np.mean(right), last["eval_accuracy"])
     assert math.isclose(np.mean(losses), last["eval_loss"], rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("module", [dpo, reward_model])
+def test_stop_step_stops_and_the_rest_is_the_same(module, hh, tmp_path):
+    """Stopped twice: learning rates and losses are those of one run."""
+    flags = {**hh, "data": [str(hh["data"])], "eval_data": [], "steps": 6}
+    call(module, out=tmp_path / "whole", **flags)
+    for stop in (2, 5, None):
+        call(module, out=tmp_path / "run", **flags, stop_step=stop)
+        assert metrics(tmp_path / "run")[-1]["step"] == (stop or 6)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("template", ["tulu", "chatml"])
+def test_no_end_of_an_answer_is_padding(template, tiny_model, tmp_path):
+    """transformers scores the last token that is not padding: that has to be no end of a turn and no end token."""
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.pad_token_id = config.eos_token_id
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": f"{i}?", "chosen": "It is 5.", "rejected": "No."} for i in range(4)]
+    flags = {"data": [write_jsonl(tmp_path / "pairs.jsonl", pairs)], "max_length": 64, "batch_size": 4, "epochs": 1}
+    call(reward_model, model=tmp_path / "model", chat_template=template, out=tmp_path / "run", **flags)
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "model").pad_token_id is None
 
 
 def easy_pairs(path, shuffled, seed, count=192):

@@ -1,5 +1,6 @@
 """sft.py as users run it: what may change the loss, what may not, and what it leaves behind."""
 
+import datetime
 import hashlib
 import json
 import math
@@ -8,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assistant, chat, shared, tokenizer_folder, user, write_jsonl
+from conftest import EOS, assistant, chat, shared, tokenizer_folder, user, write_jsonl
 from launch import ROOT, call, metrics, run, start, trace
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -118,7 +119,7 @@ def test_learns_and_reports(reference):
     assert entries[-1]["eval_loss"] < entries[0]["eval_loss"] - 0.5
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "trained_tokens"}
     assert all(keys <= entry.keys() for entry in entries[1:])
-    assert "100 rows read" in stdout and "\033[32m" in stdout  # the audit, and the coloured example
+    assert "100 rows read" in stdout and "⟦" in stdout  # the audit, and the example, its trained tokens in brackets
 
 
 def test_exported_model_opens_elsewhere(reference, gsm8k):
@@ -240,6 +241,60 @@ def test_stop_step_stops_and_the_rest_is_the_same(gsm8k, tmp_path, capfd):
     assert trace(out) == trace(tmp_path / "whole")
     models = [(path / "model" / "model.safetensors").read_bytes() for path in (out, tmp_path / "whole")]
     assert models[0] == models[1]
+
+
+DATED = """{{ bos_token }}{{ strftime_now("%d %B %Y") }}
+{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # fmt: skip
+
+
+def test_a_run_goes_on_with_the_day_of_its_start(tiny_model, tmp_path, monkeypatch):
+    """A template that prints the day, and a run that is stopped and continued the day after."""
+    (tmp_path / "dated.jinja").write_text(DATED)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"What is {i} + 3?", f"It is {i + 3}.") for i in range(32)])
+    flags = {"model": tiny_model, "data": [rows], "chat_template": str(tmp_path / "dated.jinja"), "max_length": 128, "batch_size": 4}
+
+    def on_day(text, **more):
+        class Day(datetime.date):
+            @classmethod
+            def today(cls):
+                return cls.fromisoformat(text)
+
+        monkeypatch.setattr(common, "date", Day)
+        call(sft, **flags | more)
+        return json.loads((more["out"] / "config.json").read_text())["date"]
+
+    assert on_day("2026-01-31", out=tmp_path / "whole") == "2026-01-31"
+    assert on_day("2026-01-31", out=tmp_path / "run", stop_step=3) == "2026-01-31"
+    assert on_day("2026-02-01", out=tmp_path / "run") == "2026-01-31"
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+    assert on_day("2026-02-01", out=tmp_path / "next") == "2026-02-01"
+    assert trace(tmp_path / "next") != trace(tmp_path / "whole")  # the day is among the tokens
+
+
+@pytest.mark.parametrize(("template", "ends"), [("tulu", [EOS]), ("chatml", ["<|im_end|>", EOS])])
+def test_exported_models_stop_where_the_template_ends_a_turn(tiny_model, tmp_path, template, ends):
+    """generate reads one id, or several: the end of a turn first."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat()] * 4)
+    call(sft, model=tiny_model, chat_template=template, data=[rows], out=tmp_path / "run", max_length=64, batch_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    ids = tokenizer.convert_tokens_to_ids(ends)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").generation_config
+    assert config.eos_token_id == (ids if len(ids) > 1 else ids[0])
+
+
+def test_train_turns(tiny_model, tmp_path):
+    """The last answer alone, or all three."""
+    turns = [user("a"), assistant("It is 5."), user("b"), assistant("It is 48."), user("c"), assistant("She sold clips.")]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}] * 4)
+    flags = {"model": tiny_model, "data": [rows], "max_length": 128, "batch_size": 4, "epochs": 1}
+    answers = AutoTokenizer.from_pretrained(tiny_model)([turn["content"] for turn in turns[1::2]], add_special_tokens=False)
+    lengths = [len(ids) + 1 for ids in answers.input_ids]  # and the end of the turn
+    for choice, expected in (("all", sum(lengths)), ("last", lengths[2])):
+        call(sft, **flags, out=tmp_path / choice, train_turns=choice)
+        assert metrics(tmp_path / choice)[0]["trained_tokens"] == 4 * expected
 
 
 def test_errors_are_one_line(tiny_model, tmp_path):
