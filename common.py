@@ -11,10 +11,12 @@ to end. Nothing is padded.
 """
 
 import ast
+import dataclasses
 import glob
 import hashlib
 import heapq
 import inspect
+import itertools
 import json
 import math
 import os
@@ -23,7 +25,6 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -388,7 +389,7 @@ class PromptEncoder(Encoder):
 
     def __call__(self, row):
         """Raises ValueError and Skip."""
-        messages = read_conversation({**row, "completion": row.get("completion") or []})
+        messages = read_conversation(row, needs_answer=False)
         for field in ("dataset", "ground_truth"):
             if row.get(field) is None:
                 raise ValueError(f"no field {field!r}; {_columns(row)}")
@@ -401,15 +402,18 @@ class PromptEncoder(Encoder):
             raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
         if len(ids) > self.max_length:
             raise Skip(TOO_LONG)
-        job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
+        names = row["dataset"]  # of verifiers, as they are published: in any case
+        if isinstance(names, str | list):
+            names = names.lower() if isinstance(names, str) else [str(name).lower() for name in names]
+        job = json.dumps([names, row["ground_truth"], row.get("weights")])
         return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
 
 
 # How a row holds a conversation. Whatever is read here is in the form of OpenAI's and transformers' messages then.
 
 
-def read_conversation(row):
-    """The messages of a row, checked, from `messages`, `conversations` or `prompt` and `completion`.
+def read_conversation(row, needs_answer=True):
+    """The messages of a row, checked, from `messages`, `conversations` or `prompt` and (if needed) `completion`.
 
     Raises:
         ValueError: naming the field, and what to do with rows of other shapes.
@@ -417,9 +421,11 @@ def read_conversation(row):
     for field in ("messages", "conversations"):
         if row.get(field) is not None:
             return read_messages(row[field], field)
-    if row.get("prompt") is not None and "completion" in row:
-        messages = read_messages(row["prompt"], "prompt", "user")
-        return messages + (read_messages(row["completion"], "completion", "assistant") if row["completion"] else [])
+    if row.get("prompt") is not None and not needs_answer:
+        return read_messages(row["prompt"], "prompt", "user")
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        answer = read_messages(row["completion"], "completion", "assistant")
+        return [*read_messages(row["prompt"], "prompt", "user"), *answer]
     missing = "messages is null, expected a list" if "messages" in row else "no field 'messages'"
     raise ValueError(f"{missing}; {_columns(row)}")
 
@@ -518,8 +524,11 @@ def parse_tools(row, field="tools"):
         tools = _parse_json(tools, field)
     if isinstance(tools, dict):
         tools = [tools]
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools and not isinstance(tools, list):
         raise ValueError(f"{field} is {_kind(tools)}, expected a list of JSON schemas")
+    strange = [_kind(tool) for tool in tools or [] if not isinstance(tool, dict)]
+    if strange:
+        raise ValueError(f"{field} holds {strange[0]}, expected a list of JSON schemas")
     if not tools and field == "tools" and row.get("functions"):
         functions = parse_tools(row, "functions")
         return [tool if "function" in tool else {"type": "function", "function": tool} for tool in functions]
@@ -527,7 +536,7 @@ def parse_tools(row, field="tools"):
 
 
 def read_options(row):
-    """A row's `chat_template_kwargs`, variables for its template: a dict, from an object or JSON text. ValueError."""
+    """A row's `chat_template_kwargs`, variables for its template: a dict, from an object or JSON. Raises ValueError."""
     options = row.get("chat_template_kwargs") or {}
     if isinstance(options, str):
         options = _parse_json(options, "chat_template_kwargs")
@@ -585,7 +594,7 @@ BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SPACE = re.compile(r"\s*")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers shows a template each as the others
-UNUSUAL = {"tool_calls", "function_calls", *THOUGHTS}
+CHANGING = {"tool_calls", "function_calls", *THOUGHTS}
 NO_END = "the chat template ends a trained assistant turn without an end-of-turn token"
 SHORTENED = "with earlier turns shortened by the template: --train_turns last trains the one it shows whole"
 WHY_END = "the model would never learn to stop"
@@ -600,6 +609,7 @@ PROBE_CALL = {
         {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": {"text": PROBE}}},
     ],
 }
+PROBE_RESULT = {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": PROBE}
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": PROBE, "parameters": {"type": "object", "properties": {}}},
@@ -612,22 +622,23 @@ class View:
 
     Attributes:
         messages, tools: with shielded text. options: variables for the template.
+        is_plain: without thoughts, tool calls and options, which change how a template renders other messages.
         met: {"answers": set, "content": set}, the control strings that stay text, in answers and elsewhere.
     """
 
     messages: list
     tools: list | None
     options: dict
+    is_plain: bool
     met: dict
 
     def until(self, i):
         """The first i messages of it."""
-        return View(self.messages[:i], self.tools, self.options, self.met)
+        return dataclasses.replace(self, messages=self.messages[:i])
 
-    def is_plain(self, i):
-        """Whether message i answers a user, and no thoughts, tool calls or options are about, which change prompts."""
-        fields = {name for message in self.messages for name in message}
-        return not self.options and self.messages[i - 1]["role"] == "user" and fields.isdisjoint(UNUSUAL)
+
+def _bracket(match):
+    return OPEN + match[0] + CLOSE
 
 
 def _squeeze(text):
@@ -635,10 +646,12 @@ def _squeeze(text):
     return "".join(text.split())
 
 
-def _is_shortened(text, whole, spoken):
-    """Whether `text` is `whole` without one piece, which is not of its end `spoken`."""
+def _is_shortened(text, whole, last_part):
+    """Whether `text` is the end of `whole`, or `whole` without one piece that is not of its `last_part`."""
     kept = len(os.path.commonprefix([text[::-1], whole[::-1]]))
-    return kept >= len(spoken) and whole.startswith(text[: len(text) - kept])
+    if kept == len(text):
+        return kept > 0
+    return kept >= len(last_part) and whole.startswith(text[: len(text) - kept])
 
 
 def _with_arguments(call, as_text):
@@ -733,7 +746,9 @@ class ControlStrings:
         entries = [{**entry, "content": rename[entry["content"]]} for entry in added.values()]
         settings = {**self.settings, "post_processor": None, "truncation": None, "padding": None}
         self.encoder = Tokenizer.from_str(json.dumps({**settings, "model": model, "added_tokens": entries}))
-        self.ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
+        ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
+        self.control_ids = {self.encoder.token_to_id(rename[text]) for text in self.all}
+        self.ids = {i: real for i, real in ids.items() if i != real}
 
     def shield(self, value, key="", allowed=(), edges=True):
         """`value` (JSON-like) with a BREAK in every control string and, at its edges, where one could be completed."""
@@ -765,21 +780,242 @@ class ControlStrings:
         crosses a border belongs to the piece behind it, but a control string, which may swallow white space, to that
         in which it stands. crossings: for each border, whether a token crosses it.
         """
-        texts = [self.pattern.sub(rf"{OPEN}\g<0>{CLOSE}", piece).replace(BREAK, "") for piece in pieces]
+        texts = [self.pattern.sub(_bracket, piece).replace(BREAK, "") for piece in pieces]
         encoding = self.encoder.encode("".join(texts), add_special_tokens=False)
-        ids = [self.ids.get(i, i) for i in encoding.ids]
-        cuts = np.cumsum([len(text) for text in texts])
-        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-        if ends[-1:] == cuts[-1]:
-            ends = np.where(np.isin(encoding.ids, list(self.ids)), starts + 1, ends)
-            firsts = np.searchsorted(ends, cuts[:-1], side="right")
-            crossings = np.append(starts, cuts[-1])[firsts] < cuts[:-1]
-        else:  # the tokenizer has lost a character, and its offsets are wrong from there on: count tokens
-            texts = ["".join(texts[:i]) for i in range(1, len(texts))]
-            before = [self.encoder.encode(text, add_special_tokens=False).ids for text in texts]
-            firsts = np.array([len(os.path.commonprefix([part, encoding.ids])) for part in before], dtype=np.int64)
-            crossings = firsts < [len(part) for part in before]
-        return ids, firsts, crossings
+        ids = encoding.ids
+        *cuts, total = itertools.accumulate(map(len, texts))
+        if ids and encoding.token_to_chars(len(ids) - 1)[1] == total:
+            borders = [self._border(encoding, ids, cut, total) for cut in cuts]
+        else:  # the tokenizer has lost a character, and its places are wrong from there on: count tokens
+            begins = ["".join(texts[:i]) for i in range(1, len(texts))]
+            parts = [self.encoder.encode(text, add_special_tokens=False).ids for text in begins]
+            same = [len(os.path.commonprefix([part, ids])) for part in parts]
+            borders = [(first, first < len(part)) for first, part in zip(same, parts, strict=True)]
+        ids = [self.ids.get(i, i) for i in ids] if self.ids else ids
+        return ids, [first for first, _ in borders], [crosses for _, crosses in borders]
+
+    def _border(self, encoding, ids, cut, total):
+        """(the first token that reaches beyond the character at `cut`, whether it begins before)."""
+        for place in range(cut, total):  # some tokenizers have no token for white space
+            token = encoding.char_to_token(place)
+            if token is not None:
+                crosses = encoding.token_to_chars(token)[0] < cut
+                is_control = ids[token] in self.control_ids
+                return token + (crosses and is_control), crosses and not is_control
+        return len(ids), False
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer: what it renders, and what it does, found by rendering small conversations.
+
+    Args:
+        tokenizer, content_tokens, day: as for ChatFormat.
+
+    Attributes:
+        source: its text; of several templates, all.
+        controls: the ControlStrings.
+        dropped: kinds of content that it leaves out without a word.
+        wants_text, wants_content: whether arguments of tool calls have to be JSON text; whether calls need `content`.
+        header: what it writes before each answer, at the end of the generation prompt.
+        opening: what it writes behind the header in the generation prompt, but not always in an answer (`<think>`).
+        ends: the end tokens, which end an answer or a call; that of a last answer first.
+        stops: these, and other special tokens behind a last answer.
+
+    Raises:
+        RunError: the template renders no plain prompt, drops its text or begins with two BOS; an unknown content token.
+    """
+
+    def __init__(self, tokenizer, content_tokens, day):
+        self.tokenizer = tokenizer
+        self.content_tokens = content_tokens
+        self.day = day
+        templates = tokenizer.chat_template
+        self.templates = templates if isinstance(templates, dict) else {"default": templates}
+        self.source = "\n".join(self.templates.values())
+        self.controls = ControlStrings(tokenizer, self.source)
+        unknown = [token for token in content_tokens if token not in self.controls.all]
+        if unknown:
+            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
+        self._probe()
+
+    def view(self, messages, tools=None, options=None):
+        """The conversation as the template gets to see it: in its own terms, text shielded."""
+        messages = [self._adapt(message) for message in messages]
+        if not tools and not self.names("functions"):
+            tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
+        met = {"answers": set(), "content": set()}  # control strings that stay text
+        shown = []
+        for message in messages:
+            is_answer = message["role"] == "assistant"
+            fields = {"role": message["role"]}
+            for name, value in message.items():
+                if name != "role":
+                    is_text = is_answer and name == "content"
+                    self.controls.seen = met["answers" if is_text else "content"]
+                    fields[name] = self.controls.shield(value, name, self.content_tokens if is_text else ())
+            shown.append(fields)
+        is_plain = not options and all(CHANGING.isdisjoint(message) for message in messages)
+        return View(shown, self.controls.shield(tools) or None, options or {}, is_plain, met)
+
+    def _adapt(self, message):
+        """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
+        message = {name: value for name, value in message.items() if value is not None}
+        for one, other in ALIASES:
+            if message["role"] == one and not self.names(one) and (other in CANONICAL or self.names(other)):
+                message["role"] = other
+        if isinstance(message.get("function_calls"), str) and not self.names("function_calls"):
+            message["tool_calls"] = parse_calls(message.pop("function_calls"))
+        if self.wants_content:
+            message.setdefault("content", "")
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_with_arguments(call, self.wants_text) for call in message["tool_calls"]]
+        return message
+
+    def names(self, word):
+        """Whether the template has this role or field in it."""
+        return re.search(rf"\b{word}\b", self.source) is not None
+
+    def render(self, view, add_generation_prompt=False):
+        """(text, [(start, end), …] of the template's {% generation %} blocks, or None if it has none)."""
+        template = self.templates["default"]
+        if view.tools and "tool_use" in self.templates:
+            template = self.templates["tool_use"]
+        has_marks = GENERATION.search(template) is not None
+        try:
+            if "strftime_now" in template:
+                _compile_jinja_template(template).globals["strftime_now"] = date.fromisoformat(self.day).strftime
+            texts, marks = render_jinja_template(
+                conversations=[view.messages],
+                tools=view.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=has_marks,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+                **view.options,
+            )
+        except Exception as error:  # a template is a program of somebody else's
+            raise ValueError(f"the chat template rejects this conversation: {first_line(error)}") from None
+        escape = ascii(BREAK)[1:-1]  # how a printed object would show it
+        shown = [view.messages, view.tools]
+        if escape in texts[0] and escape not in json.dumps(shown, ensure_ascii=False, default=str):
+            raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
+        return texts[0], marks[0] if has_marks else None
+
+    def check_shown(self, text, view):
+        roles = {message["role"] for message in view.messages}
+        kinds = {kind for role, kind in KINDS.items() if role in roles}
+        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in view.messages) else set()
+        dropped = self.dropped & (kinds | ({"tools"} if view.tools else set()))
+        for i, message in enumerate(view.messages):  # a template may know a kind, but not in this place
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+                dropped |= {f"messages[{i}] ({message['role']})"}
+        if dropped:
+            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}: choose a --chat_template")
+
+    def end_token(self, text, place):
+        """Where the first end token ends, if nothing but control strings and white space comes before it; or None."""
+        for match in self.controls.pattern.finditer(text, place):
+            if text[place : match.start()].strip():
+                return None
+            if match[0] in self.ends:
+                return match.end()
+            place = match.end()
+        return None
+
+    def without_tail(self, text):
+        """Text without the control strings and white space that it ends with."""
+        stop = len(text)
+        for match in reversed(list(self.controls.pattern.finditer(text))):
+            if text[match.end() : stop].strip():
+                break
+            stop = match.start()
+        return text[:stop].rstrip()
+
+    def _probe(self):
+        """Finds out what the template does, by rendering small conversations."""
+        self.wants_text, self.wants_content, self.dropped = False, False, set()
+        self.header, self.opening, self.ends = "", "", []
+        question = {"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}
+        answer = {"role": "assistant", "content": "Certainly 5."}
+        tools = None
+        if not self._try([question], None, True):  # some templates are for tools only
+            tools = [{**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "description": "A tool"}}]
+        self.wants_text = not self._try([question, PROBE_CALL], tools)
+        self.wants_text = self.wants_text and bool(self._try([question, PROBE_CALL], tools))
+        bare = {name: PROBE_CALL[name] for name in ("role", "tool_calls")}
+        for rest in ([], [PROBE_RESULT, answer]):
+            takes_calls = self._try([question, PROBE_CALL, *rest], tools)
+            self.wants_content |= bool(takes_calls) and not self._try([question, bare, *rest], tools)
+        self.dropped = self._find_dropped(tools)
+        try:
+            view = self.view([question], tools)
+            prompt, _ = self.render(view, add_generation_prompt=True)
+            self.check_shown(prompt, view)
+        except ValueError as error:
+            raise RunError(f"the chat template fails on a plain conversation: {error}") from None
+        if self.controls.encode([prompt])[0] != self.tokenizer(prompt, add_special_tokens=False).input_ids:
+            raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
+        self._find_turns(prompt, question, answer, tools)
+        bos = self.tokenizer.bos_token
+        if bos and prompt.startswith(bos + bos) and bos not in self.header:  # there it begins messages, too
+            raise RunError(f"the chat template begins with two {bos}")
+        self.plain = [question, answer], tools
+
+    def _try(self, messages, tools, add_generation_prompt=False):
+        """The rendered text, or "" where the template rejects it."""
+        try:
+            return self.render(self.view(messages, tools), add_generation_prompt)[0]
+        except ValueError:
+            return ""
+
+    def _find_dropped(self, tools):
+        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+        call = PROBE_CALL["tool_calls"][0]
+        silent = {**PROBE_CALL, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
+        probes = {
+            "user messages": [{"role": "user", "content": PROBE}, answer],
+            "system messages": [{"role": "system", "content": PROBE}, user, answer],
+            "tool calls": [user, PROBE_CALL],
+            "tool answers": [user, silent, PROBE_RESULT, answer],
+            "names": [{**user, "name": PROBE}, answer],
+        }
+        shown = {kind: self._try(messages, tools) for kind, messages in probes.items()}
+        shown["tools"] = self._try([user, answer], [PROBE_TOOL])
+        return {kind for kind, text in shown.items() if text and PROBE not in text}  # what it rejects, it says itself
+
+    def _find_turns(self, prompt, question, answer, tools):
+        """Finds header, opening, ends and stops."""
+        again, other = {"role": "user", "content": "And 4?"}, {"role": "assistant", "content": "It is 7."}
+        plain = self._try([question, answer], tools)
+        several = self._try([question, answer, again, other], tools)
+        texts = [text for text in (plain, self._try([question, other], tools), several) if text]
+        common = min(len(os.path.commonprefix([prompt, text])) for text in [prompt, *texts])
+        start = len(os.path.commonprefix([prompt, self._try([question], tools)]))
+        for match in self.controls.pattern.finditer(prompt):  # a border lies between control strings, not in one
+            start = match.start() if match.start() < start < match.end() else start
+            common = match.start() if match.start() < common < match.end() else common
+        if start < common or common == len(prompt):
+            self.header, self.opening = prompt[start:common], prompt[common:]
+        at_end = self._specials_at_end(plain)
+        self.ends = at_end[:1]
+        behind = [several[several.find(end) + len(end) :].lstrip() for end in ("(Briefly.)", "Certainly 5.")]
+        first = [self.controls.pattern.match(text) for text in behind]
+        if several and all(first):  # an earlier answer may have another end: one that ends questions, too
+            end = first[0][0]
+            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in self.header:
+                self.ends.append(end)
+        of_calls = self._specials_at_end(self._try([question, PROBE_CALL], tools))
+        if of_calls and not set(of_calls) & set(self.ends):
+            self.ends.append(of_calls[-1])
+        self.stops = list(dict.fromkeys([*self.ends, *at_end]))
+
+    def _specials_at_end(self, text):
+        """The special tokens after the last text, without those that another follows directly: they end nothing."""
+        tail = text[len(self.without_tail(text)) :].strip()
+        found = list(self.controls.pattern.finditer(tail))
+        found = [match[0] for match in found if not self.controls.pattern.match(tail, match.end())]
+        return [text for text in found if text in self.controls.special]
 
 
 class ChatFormat:
@@ -812,19 +1048,22 @@ class ChatFormat:
 
     def __init__(self, tokenizer, content_tokens=(), day=None):
         self.tokenizer = tokenizer
-        self.content_tokens = tuple(content_tokens)
         self.date = day or date.today().isoformat()
-        templates = tokenizer.chat_template
-        self.templates = templates if isinstance(templates, dict) else {"default": templates}
-        self.source = "\n".join(self.templates.values())
-        self.controls = ControlStrings(tokenizer, self.source)
-        unknown = [token for token in self.content_tokens if token not in self.controls.all]
-        if unknown:
-            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
-        printed = self.date if "strftime_now" in self.source else ""
-        parts = [self.controls.settings, self.source, tokenizer.special_tokens_map, self.content_tokens, printed]
-        self.key = json.dumps(parts)
-        self._probe()
+        self.template = ChatTemplate(tokenizer, tuple(content_tokens), self.date)
+        self.controls = self.template.controls
+        printed = self.date if "strftime_now" in self.template.source else ""
+        settings = [self.controls.settings, tokenizer.special_tokens_map, self.template.source]
+        self.key = json.dumps([*settings, self.template.content_tokens, printed])
+        self.untrainable = None
+        try:
+            self.encode(*self.template.plain)
+        except ValueError as error:
+            self.untrainable = f"the chat template fails on a plain conversation: {error}"
+        names = dict.fromkeys([*self.template.stops, tokenizer.eos_token])
+        self.stop_ids = tokenizer.convert_tokens_to_ids([name for name in names if name])
+        self.end_of_turn = self.stop_ids[0] if self.template.ends else None
+        if not self.stop_ids:
+            raise RunError(f"{self.untrainable}; and the tokenizer has no eos_token")
 
     def encode(self, messages, tools=None, last_turn_only=False, options=None):
         """Token ids and mask of a conversation.
@@ -848,18 +1087,18 @@ class ChatFormat:
         """As `encode`, and a list of notes: what the account of a data set has to say of this conversation."""
         if self.untrainable:
             raise ValueError(self.untrainable)
-        chat = self._view(messages, tools, options)
-        text, marks = self._render(chat)
-        self._check_shown(text, chat)
-        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        spans, notes, place = [], set(), 0
+        view = self.template.view(messages, tools, options)
+        text, marks = self.template.render(view)
+        self.template.check_shown(text, view)
+        turns = [i for i, message in enumerate(view.messages) if message["role"] == "assistant"]
+        spans, notes, place, heads = [], set(), 0, self._heads(text)
         for k, i in enumerate(turns):
-            message = chat.messages[i]
+            message = view.messages[i]
             is_trained = message.get("weight", 1) and message.get("train", True)
             is_wanted = i == turns[-1] or not last_turn_only
             try:
-                begin, difference = self._begin(text, place, chat, turns[: k + 1])
-                place, is_shortened = self._end(text, begin, chat, turns[: k + 1])
+                begin, difference = self._begin(text, heads, place, view, turns[: k + 1])
+                place, is_shortened = self._end(text, begin, view, turns[: k + 1])
             except ValueError:
                 if is_trained and is_wanted:
                     raise
@@ -870,94 +1109,28 @@ class ChatFormat:
                 spans += self._narrow(text, begin, place, marks)
                 notes |= {difference} if difference else set()
                 notes |= {SHORTENED} if is_shortened else set()
-        pieces = [text[a:b] for a, b in pairwise([0, *(cut for span in spans for cut in span), len(text)])]
+        pieces = [text[a:b] for a, b in itertools.pairwise([0, *(cut for span in spans for cut in span), len(text)])]
         ids, firsts, crossings = self.controls.encode(pieces)
         trained = np.zeros(len(ids), dtype=bool)
         for begin, end in zip(firsts[::2], firsts[1::2], strict=True):
             trained[begin:end] = True
-        if crossings[::2].any():
+        if any(crossings[::2]):
             notes.add("with a token that crosses the end of the prompt (it is trained)")
-        return ids, trained, sorted(notes | self._notes(chat))
+        return ids, trained, sorted(notes | self._notes(view))
 
     def prompt(self, messages, tools=None, options=None):
         """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
-        chat = self._view(messages, tools, options)
-        text, _ = self._render(chat, add_generation_prompt=True)
-        self._check_shown(text, chat)
+        view = self.template.view(messages, tools, options)
+        text, _ = self.template.render(view, add_generation_prompt=True)
+        self.template.check_shown(text, view)
         return self.controls.encode([text])[0]
 
-    def _view(self, messages, tools, options):
-        """The conversation as the template gets to see it: in its own terms, text shielded."""
-        messages = [self._adapt(message) for message in messages]
-        if not tools and not self._names("functions"):
-            tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
-        met = {"answers": set(), "content": set()}  # control strings that stay text
-        shown = []
-        for message in messages:
-            is_answer = message["role"] == "assistant"
-            fields = {"role": message["role"]}
-            for name, value in message.items():
-                if name != "role":
-                    is_text = is_answer and name == "content"
-                    self.controls.seen = met["answers" if is_text else "content"]
-                    fields[name] = self.controls.shield(value, name, self.content_tokens if is_text else ())
-            shown.append(fields)
-        return View(shown, self.controls.shield(tools) or None, options or {}, met)
+    def _heads(self, text):
+        """Where each header in the text ends."""
+        header = self.template.header
+        return [match.end() for match in re.finditer(re.escape(header), text)] if header else []
 
-    def _adapt(self, message):
-        """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
-        message = {name: value for name, value in message.items() if value is not None}
-        for one, other in ALIASES:
-            if message["role"] == one and not self._names(one) and (other in CANONICAL or self._names(other)):
-                message["role"] = other
-        if isinstance(message.get("function_calls"), str) and not self._names("function_calls"):
-            message["tool_calls"] = parse_calls(message.pop("function_calls"))
-        if isinstance(message.get("tool_calls"), list):
-            message["tool_calls"] = [_with_arguments(call, self.wants_text) for call in message["tool_calls"]]
-        return message
-
-    def _names(self, word):
-        """Whether the template has this role or field in it."""
-        return re.search(rf"\b{word}\b", self.source) is not None
-
-    def _render(self, view, add_generation_prompt=False):
-        """(text, [(start, end), …] of the template's {% generation %} blocks, or None if it has none)."""
-        template = self.templates["default"]
-        if view.tools and "tool_use" in self.templates:
-            template = self.templates["tool_use"]
-        has_marks = GENERATION.search(template) is not None
-        try:
-            if "strftime_now" in template:
-                _compile_jinja_template(template).globals["strftime_now"] = date.fromisoformat(self.date).strftime
-            texts, marks = render_jinja_template(
-                conversations=[view.messages],
-                tools=view.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=has_marks,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-                **view.options,
-            )
-        except Exception as error:  # a template is a program of somebody else's
-            raise ValueError(f"the chat template rejects this conversation: {first_line(error)}") from None
-        escape = ascii(BREAK)[1:-1]  # how a printed object would show it
-        shown = [view.messages, view.tools]
-        if escape in texts[0] and escape not in json.dumps(shown, ensure_ascii=False, default=str):
-            raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
-        return texts[0], marks[0] if has_marks else None
-
-    def _check_shown(self, text, view):
-        roles = {message["role"] for message in view.messages}
-        kinds = {kind for role, kind in KINDS.items() if role in roles}
-        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in view.messages) else set()
-        dropped = self.dropped & (kinds | ({"tools"} if view.tools else set()))
-        for i, message in enumerate(view.messages):  # a template may know a kind, but not in this place
-            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
-                dropped |= {f"messages[{i}] ({message['role']})"}
-        if dropped:
-            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}: choose a --chat_template")
-
-    def _begin(self, text, place, view, turns):
+    def _begin(self, text, heads, place, view, turns):
         """Where the last of these turns begins in the text, and a note if its prompt is no prefix of the text.
 
         It begins where its prompt ends. The prompt of a plain turn need not be rendered where headers are unmistakable:
@@ -965,29 +1138,29 @@ class ChatFormat:
         header after `place`, the end of the turn before, if the header holds a control string: no content can.
         """
         i = turns[-1]
-        heads = [match.end() for match in re.finditer(re.escape(self.header), text)] if self.header else []
         begin = None
         difference = None
         if len(heads) == sum(message["role"] == "assistant" for message in view.messages):
             begin = heads[len(turns) - 1]
-        if i > 0 and (begin is None or not view.is_plain(i)):
-            prompt, _ = self._render(view.until(i), add_generation_prompt=True)
+        is_answer = i > 0 and view.is_plain and view.messages[i - 1]["role"] == "user"
+        if i > 0 and (begin is None or not is_answer):
+            prompt, _ = self.template.render(view.until(i), add_generation_prompt=True)
             if text.startswith(prompt):
                 return len(prompt), None
-            if text.startswith(prompt.removesuffix(self.opening)):
-                begin = len(prompt.removesuffix(self.opening))
+            if text.startswith(prompt.removesuffix(self.template.opening)):
+                begin = len(prompt.removesuffix(self.template.opening))
             else:
                 difference = "with a prompt that is rendered differently once the answer follows"
-        if begin is None and place is not None and self.controls.pattern.search(self.header):
+        if begin is None and place is not None and self.controls.pattern.search(self.template.header):
             begin = next((head for head in heads if head > place), None)
         if begin is None:
             raise ValueError(
                 f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "
                 "trained tokens cannot be told apart: choose a --chat_template, or --train_turns last"
             )
-        if text.startswith(self.opening, begin):
-            return begin + len(self.opening), difference
-        start = self.opening.rstrip()
+        if text.startswith(self.template.opening, begin):
+            return begin + len(self.template.opening), difference
+        start = self.template.opening.rstrip()
         return begin + len(start) * text.startswith(start, begin), f"which do not go on as the prompt ends: {start!r}"
 
     def _end(self, text, begin, view, turns):
@@ -997,23 +1170,24 @@ class ChatFormat:
         content = (message.get("content") or "").strip()
         if content and not any(message.get(field) for field in ("tool_calls", *THOUGHTS)):
             place = SPACE.match(text, begin).end()
-            end = self._end_token(text, place + len(content)) if text.startswith(content, place) else None
+            end = self.template.end_token(text, place + len(content)) if text.startswith(content, place) else None
             if end:
                 return end, False
         whole, start = text, begin  # the turn as the last one
         if i < len(view.messages) - 1:
-            whole, _ = self._render(view.until(i + 1))
-            start, _ = self._begin(whole, None, view.until(i + 1), turns)
-        body = self._without_tail(whole[start:])
+            whole, _ = self.template.render(view.until(i + 1))
+            start, _ = self._begin(whole, self._heads(whole), None, view.until(i + 1), turns)
+        body = self.template.without_tail(whole[start:])
+        shown = _squeeze(whole[start - len(self.template.opening) : start] + body)
         for field in ("content", *THOUGHTS):
-            if _squeeze(message.get(field) or "") not in _squeeze(whole[start - len(self.opening) : start] + body):
+            if _squeeze(message.get(field) or "") not in shown:
                 hint = "put thoughts into the content, or " if field in THOUGHTS else ""
                 raise ValueError(f"the chat template leaves out messages[{i}].{field}: {hint}choose a --chat_template")
+        last_part = self.controls.pattern.split(body)[-1]  # behind its last control string
         for match in self.controls.pattern.finditer(text, begin):
             said = text[begin : match.start()].rstrip()
-            spoken = said[-len(self.controls.pattern.split(said)[-1]) :]  # behind its last control string
-            is_it = said == body or (whole is not text and _is_shortened(said, body, spoken))
-            end = self._end_token(text, match.start()) if is_it else None
+            is_it = said == body or (whole is not text and _is_shortened(said, body, last_part))
+            end = self.template.end_token(text, match.start()) if is_it else None
             if end:
                 return end, said != body
         if whole is text:
@@ -1022,25 +1196,6 @@ class ChatFormat:
             f"the chat template renders messages[{i}] differently once another follows, so the trained tokens cannot "
             "be told apart: choose a --chat_template, or --train_turns last"
         )
-
-    def _end_token(self, text, place):
-        """Where the first end token ends, if nothing but control strings and white space comes before it; or None."""
-        for match in self.controls.pattern.finditer(text, place):
-            if text[place : match.start()].strip():
-                return None
-            if match[0] in self.ends:
-                return match.end()
-            place = match.end()
-        return None
-
-    def _without_tail(self, text):
-        """Text without the control strings and white space that it ends with."""
-        stop = len(text)
-        for match in reversed(list(self.controls.pattern.finditer(text))):
-            if text[match.end() : stop].strip():
-                break
-            stop = match.start()
-        return text[:stop].rstrip()
 
     def _narrow(self, text, begin, end, marks):
         """The parts of a turn that the template marks, if it marks any turns; the last has to have the end token."""
@@ -1060,102 +1215,12 @@ class ChatFormat:
             some = " ".join(sorted(view.met["answers"] - self.controls.special)[:4])
             notes.add(f"with {some} in answers, kept as text: --content_tokens {some} makes them tokens")
         speakers = [message for message in view.messages if message["role"] not in ("tool", "function", "environment")]
-        if "names" in self.dropped and any(message.get("name") for message in speakers):
+        if "names" in self.template.dropped and any(message.get("name") for message in speakers):
             notes.add("with names of speakers, which the template does not show")
-        unknown = [option for option in view.options if not self._names(option)]
+        unknown = [option for option in view.options if not self.template.names(option)]
         if unknown:
             notes.add(f"with chat_template_kwargs that the template does not read: {', '.join(unknown)}")
         return notes
-
-    def _probe(self):
-        """Finds out what the template does, by rendering small conversations."""
-        self.wants_text, self.dropped, self.untrainable = False, set(), None
-        self.header, self.opening, self.ends = "", "", []
-        question = {"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}
-        answer = {"role": "assistant", "content": "Certainly 5."}
-        tools = None
-        if not self._try([question], None, True):  # some templates are for tools only
-            tools = [{**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "description": "A tool"}}]
-        self.wants_text = not self._try([question, PROBE_CALL], tools)
-        self.wants_text = self.wants_text and bool(self._try([question, PROBE_CALL], tools))
-        self.dropped = self._find_dropped(tools)
-        try:
-            ids = self.prompt([question], tools)
-        except ValueError as error:
-            raise RunError(f"the chat template fails on a plain conversation: {error}") from None
-        prompt = self._try([question], tools, True)
-        if ids != self.tokenizer(prompt, add_special_tokens=False).input_ids:
-            raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
-        stops = self._find_turns(prompt, question, answer, tools)
-        bos = self.tokenizer.bos_token
-        if bos and prompt.startswith(bos + bos) and bos not in self.header:  # there it begins messages, too
-            raise RunError(f"the chat template begins with two {bos}")
-        try:
-            self.encode([question, answer], tools)
-        except ValueError as error:
-            self.untrainable = f"the chat template fails on a plain conversation: {error}"
-        names = dict.fromkeys([*self.ends, *stops, self.tokenizer.eos_token])
-        self.stop_ids = self.tokenizer.convert_tokens_to_ids([name for name in names if name])
-        self.end_of_turn = self.stop_ids[0] if self.ends else None
-        if not self.stop_ids:
-            raise RunError(f"{self.untrainable}; and the tokenizer has no eos_token")
-
-    def _try(self, messages, tools, add_generation_prompt=False):
-        """The rendered text, or "" where the template rejects it."""
-        try:
-            return self._render(self._view(messages, tools, None), add_generation_prompt)[0]
-        except ValueError:
-            return ""
-
-    def _find_dropped(self, tools):
-        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
-        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-        call = PROBE_CALL["tool_calls"][0]
-        silent = {**PROBE_CALL, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
-        tool = {"role": "tool", "name": "probe", "tool_call_id": call["id"], "content": PROBE}
-        probes = {
-            "user messages": [{"role": "user", "content": PROBE}, answer],
-            "system messages": [{"role": "system", "content": PROBE}, user, answer],
-            "tool calls": [user, PROBE_CALL],
-            "tool answers": [user, silent, tool, answer],
-            "names": [{**user, "name": PROBE}, answer],
-        }
-        shown = {kind: self._try(messages, tools) for kind, messages in probes.items()}
-        shown["tools"] = self._try([user, answer], [PROBE_TOOL])
-        return {kind for kind, text in shown.items() if text and PROBE not in text}  # what it rejects, it says itself
-
-    def _find_turns(self, prompt, question, answer, tools):
-        """Finds header, opening and end tokens. Returns all special tokens that a last answer ends with."""
-        again, other = {"role": "user", "content": "And 4?"}, {"role": "assistant", "content": "It is 7."}
-        plain = self._try([question, answer], tools)
-        several = self._try([question, answer, again, other], tools)
-        texts = [text for text in (plain, self._try([question, other], tools), several) if text]
-        common = min(len(os.path.commonprefix([prompt, text])) for text in [prompt, *texts])
-        start = len(os.path.commonprefix([prompt, self._try([question], tools)]))
-        for match in self.controls.pattern.finditer(prompt):  # a border lies between control strings, not in one
-            start = match.start() if match.start() < start < match.end() else start
-            common = match.start() if match.start() < common < match.end() else common
-        if start < common or common == len(prompt):
-            self.header, self.opening = prompt[start:common], prompt[common:]
-        stops = self._specials_at_end(plain)
-        self.ends = stops[:1]
-        behind = [several[several.find(end) + len(end) :].lstrip() for end in ("(Briefly.)", "Certainly 5.")]
-        first = [self.controls.pattern.match(text) for text in behind]
-        if several and all(first):  # an earlier answer may have another end: one that ends questions, too
-            end = first[0][0]
-            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in self.header:
-                self.ends.append(end)
-        of_calls = self._specials_at_end(self._try([question, PROBE_CALL], tools))
-        if of_calls and not set(of_calls) & set(self.ends):
-            self.ends.append(of_calls[-1])
-        return stops
-
-    def _specials_at_end(self, text):
-        """The special tokens after the last text, without those that another follows directly: they end nothing."""
-        tail = text[len(self._without_tail(text)) :].strip()
-        found = list(self.controls.pattern.finditer(tail))
-        found = [match[0] for match in found if not self.controls.pattern.match(tail, match.end())]
-        return [text for text in found if text in self.controls.special]
 
 
 def start_date(out):
@@ -1233,7 +1298,7 @@ def show_example(tokenizer, input_ids, trained, colour=True):
     if not colour:
         marks = {True: ("⟦", "⟧"), False: ("", "")}
     parts = []
-    for start, end in pairwise(edges):
+    for start, end in itertools.pairwise(edges):
         before, after = marks[bool(trained[start])]
         parts.append(f"{before}{tokenizer.decode(input_ids[start:end])}{after}")
     return "".join(parts)
@@ -1456,7 +1521,7 @@ def _encode_row(raw, index, row_numbers, encode):
     mask = np.array(columns["trained"] or [], dtype=bool)
     rest = [value for name, value in columns.items() if name not in ("input_ids", "trained")]
     digest = hashlib.blake2b(ids.tobytes() + mask.tobytes() + json.dumps(rest).encode(), digest_size=8).digest()
-    measures = {"length": len(ids), "targets": int(mask[1:].sum()), "digest": int.from_bytes(digest, "little", signed=True)}
+    measures = {"length": len(ids), "targets": int(mask[1:].sum()), "digest": int.from_bytes(digest, signed=True)}
     return {**columns, **measures, "notes": notes, "skip": skip, "row": int(row_numbers[index])}
 
 
