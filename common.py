@@ -591,6 +591,7 @@ def encode_conversation(encoder, messages, row, last_turn_only=False):
 
 # Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
 BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+RARE = "°你\u200b\U0001f9ff\ue000"  # some tokenizers know no such characters, and have no token for the unknown
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SPACE = re.compile(r"\s*")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers shows a template each as the others
@@ -747,6 +748,8 @@ class ControlStrings:
         settings = {**self.settings, "post_processor": None, "truncation": None, "padding": None}
         self.encoder = Tokenizer.from_str(json.dumps({**settings, "model": model, "added_tokens": entries}))
         ids = {self.encoder.token_to_id(rename[text]): entry["id"] for text, entry in added.items()}
+        places = [self.encoder.encode(f"a{rare}b", add_special_tokens=False).offsets for rare in RARE]
+        self.loses_characters = any(not place or place[-1][1] != 3 for place in places)
         self.control_ids = {self.encoder.token_to_id(rename[text]) for text in self.all}
         self.ids = {i: real for i, real in ids.items() if i != real}
 
@@ -784,9 +787,9 @@ class ControlStrings:
         encoding = self.encoder.encode("".join(texts), add_special_tokens=False)
         ids = encoding.ids
         *cuts, total = itertools.accumulate(map(len, texts))
-        if ids and encoding.token_to_chars(len(ids) - 1)[1] == total:
+        if not self.loses_characters:
             borders = [self._border(encoding, ids, cut, total) for cut in cuts]
-        else:  # the tokenizer has lost a character, and its places are wrong from there on: count tokens
+        else:  # and its places are wrong behind one: count tokens
             begins = ["".join(texts[:i]) for i in range(1, len(texts))]
             parts = [self.encoder.encode(text, add_special_tokens=False).ids for text in begins]
             same = [len(os.path.commonprefix([part, ids])) for part in parts]

@@ -20,9 +20,10 @@ import datasets
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import common  # noqa: E402
 from conftest import TOKENIZERS  # noqa: E402
 from test_chat import LLAMA3, QWEN3  # noqa: E402
+
+import common  # noqa: E402
 
 TEMPLATES = {"tulu": "tulu", "chatml": "chatml", "llama3": LLAMA3, "qwen3": QWEN3}
 
@@ -81,7 +82,8 @@ def main(args):
                 messages = [dict(message) for message in threads[i % len(threads)]["messages"]]
                 messages[0]["content"] = f"({i}) {messages[0]['content']}"
                 file.write(json.dumps({"messages": messages}) + "\n")
-        for name, template, large in [*((name, text, False) for name, text in TEMPLATES.items()), ("llama3 128k", LLAMA3, True)]:
+        cases = [(name, text, False) for name, text in TEMPLATES.items()] + [("llama3 128k", LLAMA3, True)]
+        for name, template, large in cases:
             tokenizer = make_tokenizer(Path(folder, name), template, large)
             started = time.process_time()
             chat = common.ChatFormat(tokenizer)
@@ -89,7 +91,8 @@ def main(args):
             pairs = [(timed(ours, path, chat), timed(plain, path, tokenizer)) for _ in range(args.rounds)]
             mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(a / b for a, b in pairs)
-            results[name] = {"rows_per_cpu_second": mine, "plain": theirs, "ratio": ratio, "ratios": [a / b for a, b in pairs], "start_seconds": start}
+            results[name] = {"rows_per_cpu_second": mine, "plain": theirs, "ratio": ratio, "rounds": pairs}
+            results[name]["start_seconds"] = start
             print(f"{name:12s} {mine:6.0f} {theirs:6.0f} ratio {ratio:.2f}  start {start:.1f} s")
     results["rows"] = args.rows
     (ROOT / "benchmarks/results/encode.json").write_text(json.dumps(results, indent=2) + "\n")

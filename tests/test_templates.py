@@ -16,9 +16,9 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from conftest import SHARED, shared
+from conftest import SHARED, shared  # noqa: E402
 
-import common
+import common  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FOLDER = SHARED / "data" / "chat_templates"
@@ -70,7 +70,10 @@ def check(chat, name, conversations):
     except ValueError as error:
         assert "\n" not in str(error)
         return reason(str(error))
-    decode = lambda part: squeeze(chat.tokenizer.decode(part))
+
+    def decode(part):
+        return squeeze(chat.tokenizer.decode(part))
+
     answers = [message for message in messages if message["role"] == "assistant"]
     spans = spans_of(ids, trained)
     if name == "two_assistants" and len(spans) == 1:  # nothing between them
