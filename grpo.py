@@ -171,7 +171,7 @@ class Sample(JudgedCompletion):  # has reward, ended, behaviour_logprobs (N,), a
         return {"advantage": self.advantages}
 
 
-def score(args, sample):
+def completion_reward(args, sample):
     """r of a completion."""
     if args.no_eos_score is not None and not sample.ended:
         return args.no_eos_score
@@ -180,12 +180,12 @@ def score(args, sample):
 
 def is_kept(args, group):
     """Whether to train on a group: if its rewards differ, and without active sampling always."""
-    return not args.active_sampling or len({score(args, sample) for sample in group}) > 1
+    return not args.active_sampling or len({completion_reward(args, sample) for sample in group}) > 1
 
 
 def set_advantages(args, group):
     """Equation (1) for the G samples of a prompt."""
-    rewards = np.array([score(args, sample) for sample in group])  # (G,)
+    rewards = np.array([completion_reward(args, sample) for sample in group])  # (G,)
     advantages = rewards - rewards.mean()  # (G,)                                                                (1)
     if len(set(rewards)) == 1:
         advantages[:] = 0  # exactly: the mean of equal numbers may be off by a rounding

@@ -17,7 +17,7 @@ class Args:
     overlong_buffer: int = 512  # B: the reward falls by up to 1 over the last so many tokens below --max_new_tokens
 
 
-def score(args, sample):
+def completion_reward(args, sample):
     """r_i less the penalty for its length."""
     over = sample.trained.sum() - (args.max_new_tokens - args.overlong_buffer)  # tokens beyond M - B
     return sample.reward - max(0, over) / args.overlong_buffer

@@ -111,7 +111,7 @@ def test_what_is_made_is_one_of_our_scripts(names):
         (["make"], r"error: no fork is named make"),
         (["gspo", "--base", "nonsense.py"], r"error: .*nonsense.py: no such script"),
         (["gspo", "--base", "sft.py"], r"error: forks/gspo.py: nothing in sft.py reads args.minibatches"),
-        (["overlong_penalty", "--base", "ppo_rlvr.py"], r"error: nothing in the result calls .*is_kept"),
+        (["overlong_penalty", "--base", "ppo_rlvr.py"], r"error: nothing in the result calls completion_reward"),
         (["sequence_mean", "dr_grpo"], r"error: sequence_mean and dr_grpo both change set_loss_weights"),
         (["gspo", "gspo"], r"error: gspo and gspo both change"),
     ],

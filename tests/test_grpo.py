@@ -164,7 +164,7 @@ def test_overlong_penalty():
     script = forked("overlong_penalty")
     args = script.Args(max_new_tokens=16, overlong_buffer=4)
     group = samples([1.0] * 5, [3, 12, 13, 14, 16])
-    assert [script.score(args, sample) for sample in group] == [1.0, 1.0, 0.75, 0.5, 0.0]
+    assert [script.completion_reward(args, sample) for sample in group] == [1.0, 1.0, 0.75, 0.5, 0.0]
     assert script.is_kept(args, group) and not grpo.is_kept(ARGS, group) and not script.is_kept(args, group[:2])
     script.set_advantages(args, group)
     assert [sample.advantages for sample in group] == pytest.approx([0.35, 0.35, 0.1, -0.15, -0.65])

@@ -277,7 +277,7 @@ def test_learns_and_reports(reference):
     keys = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "accuracy", "margin"} | KEYS[script]
     assert all(keys <= entry.keys() for entry in entries[1:])
     assert {"eval_loss", "eval_accuracy"} <= entries[0].keys() & entries[-1].keys()
-    assert "40 rows read" in stdout and stdout.count("\033[32m") == 2  # the audit, and the coloured pair
+    assert "40 rows read" in stdout and stdout.count("⟦") == 2  # the audit, and the pair, its trained tokens in brackets
     if script == "dpo.py":
         for loss in (entries[0]["eval_loss"], entries[1]["loss"]):
             assert math.isclose(loss, math.log(2), rel_tol=1e-6)
