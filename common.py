@@ -35,6 +35,7 @@ import tokenizers
 import torch
 import transformers
 from filelock import FileLock
+from jinja2 import nodes
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -638,6 +639,12 @@ class View:
         return dataclasses.replace(self, messages=self.messages[:i])
 
 
+def _words(node):
+    """Names and attributes, and text constants, in a piece of a parsed template."""
+    names = {part.name for part in node.find_all(nodes.Name)} | {part.attr for part in node.find_all(nodes.Getattr)}
+    return names, {part.value for part in node.find_all(nodes.Const) if isinstance(part.value, str)}
+
+
 def _bracket(match):
     return OPEN + match[0] + CLOSE
 
@@ -839,12 +846,27 @@ class ChatTemplate:
         unknown = [token for token in content_tokens if token not in self.controls.all]
         if unknown:
             raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
+        self.roles, self.fields = self._read_source()
         self._probe()
+
+    def _read_source(self):
+        """(what the template compares a role with, all names that it looks up), sets of str."""
+        roles, fields = set(), set()
+        for text in self.templates.values():
+            try:
+                tree = _compile_jinja_template(text).environment.parse(text)
+            except jinja2.TemplateError:  # rendering it will say so
+                continue
+            fields.update(*_words(tree))
+            for node in tree.find_all((nodes.Compare, nodes.Filter, nodes.Test)):
+                names, texts = _words(node)
+                roles |= texts if "role" in names | texts else set()
+        return roles, fields
 
     def view(self, messages, tools=None, options=None):
         """The conversation as the template gets to see it: in its own terms, text shielded."""
         messages = [self._adapt(message) for message in messages]
-        if not tools and not self.names("functions"):
+        if not tools and "functions" not in self.fields:
             tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
         met = {"answers": set(), "content": set()}  # control strings that stay text
         shown = []
@@ -864,19 +886,15 @@ class ChatTemplate:
         """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
         message = {name: value for name, value in message.items() if value is not None}
         for one, other in ALIASES:
-            if message["role"] == one and not self.names(one) and (other in CANONICAL or self.names(other)):
+            if message["role"] == one and one not in self.roles and (other in CANONICAL or other in self.roles):
                 message["role"] = other
-        if isinstance(message.get("function_calls"), str) and not self.names("function_calls"):
+        if isinstance(message.get("function_calls"), str) and "function_calls" not in self.fields:
             message["tool_calls"] = parse_calls(message.pop("function_calls"))
         if self.wants_content:
             message.setdefault("content", "")
         if isinstance(message.get("tool_calls"), list):
             message["tool_calls"] = [_with_arguments(call, self.wants_text) for call in message["tool_calls"]]
         return message
-
-    def names(self, word):
-        """Whether the template has this role or field in it."""
-        return re.search(rf"\b{word}\b", self.source) is not None
 
     def render(self, view, add_generation_prompt=False):
         """(text, [(start, end), …] of the template's {% generation %} blocks, or None if it has none)."""
@@ -1220,7 +1238,7 @@ class ChatFormat:
         speakers = [message for message in view.messages if message["role"] not in ("tool", "function", "environment")]
         if "names" in self.template.dropped and any(message.get("name") for message in speakers):
             notes.add("with names of speakers, which the template does not show")
-        unknown = [option for option in view.options if not self.template.names(option)]
+        unknown = [option for option in view.options if option not in self.template.fields]
         if unknown:
             notes.add(f"with chat_template_kwargs that the template does not read: {', '.join(unknown)}")
         return notes
