@@ -403,10 +403,7 @@ class PromptEncoder(Encoder):
             raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
         if len(ids) > self.max_length:
             raise Skip(TOO_LONG)
-        names = row["dataset"]  # of verifiers, as they are published: in any case
-        if isinstance(names, str | list):
-            names = names.lower() if isinstance(names, str) else [str(name).lower() for name in names]
-        job = json.dumps([names, row["ground_truth"], row.get("weights")])
+        job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
         return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
 
 

@@ -497,8 +497,8 @@ def without_generation(template):
 def test_masks_with_and_without_generation_markers_are_the_same(kind, template):
     """Prefix rendering finds the same trained tokens as the template's {% generation %}."""
     marked = chat_format(kind, template)
-    unmarked = chat_format(kind, without_generation(marked.source))
-    assert "endgeneration" in marked.source and "endgeneration" not in unmarked.source
+    unmarked = chat_format(kind, without_generation(marked.template.source))
+    assert "endgeneration" in marked.template.source and "endgeneration" not in unmarked.template.source
     chats = [(messages, None) for messages in EDGES + real_chats()] + tool_chats() * (template == "chatml")
     for messages, tools in chats:
         for last_turn_only in (False, True):

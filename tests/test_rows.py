@@ -17,6 +17,7 @@ from test_templates import chat_of
 import common
 from common import ChatFormat, DataError, PairEncoder, PromptEncoder, SftEncoder, load_rows, load_tokenizer
 from pipeline import convert
+from rewards.pool import Pool
 
 ENCODERS = {"sft": SftEncoder, "dpo": PairEncoder, "grpo": PromptEncoder}
 # shape: (script, family of template, what is trained, or for prompts how many rows). None: converted first.
@@ -133,6 +134,19 @@ def test_a_published_shape(shape, tmp_path):
         source = path if shape not in PARTNERS else write_jsonl(tmp_path / "two.jsonl", PARTNERS[shape])
         convert.main(convert.Args([str(source)], str(tmp_path / "rows.jsonl"), to=to))
         assert len(load(tmp_path / "rows.jsonl", script, chat)) == 1
+
+
+def test_the_ground_truths_of_published_prompts_are_usable():
+    """Lists and constraints as text, names in any case: the verifiers that the rows name take them."""
+    jobs = []
+    for shape, (script, family, expected) in SHAPES.items():
+        if script == "grpo" and isinstance(expected, int):
+            rows = load(shared("data", "rows", f"{shape}.jsonl"), script, chat_of(family))
+            for job in rows.table["job"]:
+                verifier, ground_truth, weights = json.loads(job)
+                jobs.append((verifier, None, ground_truth, weights))
+    with Pool(1) as pool:
+        assert len(jobs) == 7 and pool.check(jobs) == {}
 
 
 # A row of these shapes is half a pair: it needs another of the same prompt.
@@ -354,7 +368,7 @@ def test_prompts_need_no_mask():
     chat = chat_of("olmo-3-rlzero")
     row = {"messages": [user("2 + 3?")], "dataset": "MATH", "ground_truth": "5"}
     encoded = PromptEncoder(chat, 10**6, 512, "drop")(row)
-    assert json.loads(encoded["job"]) == ["math", "5", None]
+    assert json.loads(encoded["job"]) == ["MATH", "5", None]
     assert decoded(chat, encoded["input_ids"]).endswith('Remember to put your answer on its own line after "Answer:"')
     for encoder in (SftEncoder, PairEncoder):
         with pytest.raises(common.RunError, match="without an end-of-turn token"):
