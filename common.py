@@ -403,159 +403,11 @@ class PromptEncoder(Encoder):
             raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
         if len(ids) > self.max_length:
             raise Skip(TOO_LONG)
-        job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
+        try:
+            job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
+        except TypeError as error:  # columns of dates and bytes
+            raise ValueError(f"dataset, ground_truth or weights: {error}") from None
         return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
-
-
-# How a row holds a conversation. Whatever is read here is in the form of OpenAI's and transformers' messages then.
-
-
-def read_conversation(row, needs_answer=True):
-    """The messages of a row, checked, from `messages`, `conversations` or `prompt` and (if needed) `completion`.
-
-    Raises:
-        ValueError: naming the field, and what to do with rows of other shapes.
-    """
-    for field in ("messages", "conversations"):
-        if row.get(field) is not None:
-            return read_messages(row[field], field)
-    if row.get("prompt") is not None and not needs_answer:
-        return read_messages(row["prompt"], "prompt", "user")
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        answer = read_messages(row["completion"], "completion", "assistant")
-        return [*read_messages(row["prompt"], "prompt", "user"), *answer]
-    missing = "messages is null, expected a list" if "messages" in row else "no field 'messages'"
-    raise ValueError(f"{missing}; {_columns(row)}")
-
-
-def _columns(row):
-    names = ", ".join(repr(field) for field in row) or "no fields"
-    return f"the row has {names} (python -m pipeline.convert knows other shapes)"
-
-
-def read_messages(value, field="messages", role=None):
-    """Messages as they are published, as {role, content, tool_calls?, ...}: a list of dicts.
-
-    Args:
-        value: a list of messages (`role` and `content`, or ShareGPT's `from` and `value`), that list as JSON text, or,
-            with `role`, a string: one message of that role. Text in parts is joined.
-
-    Raises:
-        ValueError: as `check_messages`, and for parts that are not text.
-    """
-    if isinstance(value, str) and role is None and value.lstrip().startswith("["):
-        value = _parse_json(value, field)
-    if isinstance(value, str) and role is not None:
-        value = [{"role": role, "content": value}]
-    if isinstance(value, list):
-        value = [_read_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
-    check_messages(value, field)
-    return value
-
-
-SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
-
-
-def _read_message(message, at):
-    if not isinstance(message, dict):
-        return message  # check_messages says so
-    if "from" in message and "value" in message and "role" not in message:
-        named = {"role": SHAREGPT.get(message["from"], message["from"]), "content": message["value"]}
-        message = named | {name: message[name] for name in message if name not in ("from", "value")}
-    if isinstance(message.get("content"), list):
-        texts = [_text_of(part, f"{at}.content[{i}]") for i, part in enumerate(message["content"])]
-        message = {**message, "content": "".join(texts)}
-    if isinstance(message.get("function_call"), dict):  # OpenAI's older form
-        message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
-        del message["function_call"]
-    return message
-
-
-def _text_of(part, at):
-    if isinstance(part, dict) and {*part} <= {"type", "text"} and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = f"of type {part.get('type')!r}" if isinstance(part, dict) else _kind(part)
-    raise ValueError(f"{at} is {kind}: of parts, only {{type: text, text}} can be trained on")
-
-
-def check_messages(messages, field="messages"):
-    """Checks one conversation. Returns None.
-
-    Raises:
-        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, a
-            `weight` or `train` that is not yes or no.
-    """
-    if not isinstance(messages, list):
-        raise ValueError(f"{field} is {_kind(messages)}, expected a list of {{role, content}}")
-    if not messages:
-        raise ValueError(f"{field} is empty")
-    for i, message in enumerate(messages):
-        at = f"{field}[{i}]"
-        if not isinstance(message, dict):
-            raise ValueError(f"{at} is {_kind(message)}, expected an object with role and content")
-        role = message.get("role")
-        content = message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{at}.role is {role!r}, expected one of {', '.join(ROLES)}")
-        if content is None and not (role == "assistant" and _calls_of(message)):
-            raise ValueError(f"{at}.content is {'null' if 'content' in message else 'missing'}")
-        if content is not None and not isinstance(content, str):
-            raise ValueError(f"{at}.content is {_kind(content)}, expected a string")
-        if role == "user" and not content.strip():
-            raise ValueError(f"{at}.content is empty: a prompt needs text")
-        for switch in ("weight", "train"):
-            if message.get(switch) not in (None, 0, 1):
-                raise ValueError(f"{at}.{switch} is {message[switch]!r}, expected 0 or 1")
-
-
-def _calls_of(message):
-    return message.get("tool_calls") or message.get("function_calls")
-
-
-def parse_tools(row, field="tools"):
-    """The `tools` of a row: a list of JSON schemas, one schema, either as JSON text, or None. Raises ValueError.
-
-    Without `tools`, a row's `functions` (OpenAI's older form) are read.
-    """
-    tools = row.get(field)
-    if isinstance(tools, str) and tools.strip():
-        tools = _parse_json(tools, field)
-    if isinstance(tools, dict):
-        tools = [tools]
-    if tools and not isinstance(tools, list):
-        raise ValueError(f"{field} is {_kind(tools)}, expected a list of JSON schemas")
-    strange = [_kind(tool) for tool in tools or [] if not isinstance(tool, dict)]
-    if strange:
-        raise ValueError(f"{field} holds {strange[0]}, expected a list of JSON schemas")
-    if not tools and field == "tools" and row.get("functions"):
-        functions = parse_tools(row, "functions")
-        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in functions]
-    return tools or None
-
-
-def read_options(row):
-    """A row's `chat_template_kwargs`, variables for its template: a dict, from an object or JSON. Raises ValueError."""
-    options = row.get("chat_template_kwargs") or {}
-    if isinstance(options, str):
-        options = _parse_json(options, "chat_template_kwargs")
-    if not isinstance(options, dict):
-        raise ValueError(f"chat_template_kwargs is {_kind(options)}, expected an object")
-    for name in ("messages", "conversations", "tools", "chat_template", "add_generation_prompt", "documents"):
-        if name in options:
-            raise ValueError(f"chat_template_kwargs.{name} is not for a row to set")
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _parse_json(text, field):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{field}, column {error.colno}: not valid JSON: {error.msg}") from None
-
-
-def _kind(value):
-    names = {type(None): "null", str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
-    return names.get(type(value), "a number")
 
 
 def encode_conversation(encoder, messages, row, last_turn_only=False):
@@ -563,7 +415,7 @@ def encode_conversation(encoder, messages, row, last_turn_only=False):
 
     Raises ValueError and Skip.
     """
-    for field in ("images", "image", "videos", "audio", "audios"):
+    for field in MEDIA:
         if row.get(field):
             raise ValueError(f"{field} is not empty, and only text can be trained on")
     for message in messages:
@@ -573,6 +425,8 @@ def encode_conversation(encoder, messages, row, last_turn_only=False):
     ids, mask, notes = encoder.chat.encode_and_note(messages, parse_tools(row), last_turn_only, read_options(row))
     if max(ids) >= encoder.vocab_size:
         raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {encoder.vocab_size}")
+    if not mask.any():
+        raise Skip("no answer is trained on: `weight` or `train` takes all out")
     if len(ids) > encoder.max_length:
         if encoder.overlong == "drop":
             raise Skip(TOO_LONG)
@@ -587,16 +441,275 @@ def encode_conversation(encoder, messages, row, last_turn_only=False):
     return ids, mask.tolist(), notes
 
 
-# Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
-BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-RARE = "°你\u200b\U0001f9ff\ue000"  # some tokenizers know no such characters, and have no token for the unknown
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SPACE = re.compile(r"\s*")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers shows a template each as the others
-CHANGING = {"tool_calls", "function_calls", *THOUGHTS}
 NO_END = "the chat template ends a trained assistant turn without an end-of-turn token"
-SHORTENED = "with earlier turns shortened by the template: --train_turns last trains the one it shows whole"
 WHY_END = "the model would never learn to stop"
+LAST = ", or --train_turns last"
+SHORTENED = "with earlier turns shortened by the template: --train_turns last trains the one it shows whole"
+
+
+class ChatFormat:
+    """Messages → token ids and trained-token mask, by the tokenizer's chat template.
+
+    Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text (ControlStrings),
+    and that an assistant message may have `weight` 0 or `train` false: shown, but not trained on.
+
+    Where an assistant's turn stands in the rendered text is found by the template's own marks and by rendering:
+        begin   behind the *header*: the end of the generation prompt, without the *opening* (`<think>`) that it may
+                have and an answer may lack; behind the opening where the answer has it.
+        end     behind the first *end token* that follows the turn's text. End tokens are what ends a plain answer or a
+                tool call in this template, by rendering one at the start.
+    A template that renders a turn with less once another follows (the thoughts of earlier turns) is taken by its word:
+    the mask covers what it renders, and a note counts the rows. A `{% generation %}` block can only narrow a turn.
+
+    Args:
+        tokenizer: fast tokenizer with a chat template (`load_tokenizer`).
+        content_tokens: control strings that assistant content may contain as tokens (e.g. "<think>", "</think>").
+        day: what templates may print as today, ISO ("2026-01-31"); default today.
+
+    Attributes:
+        end_of_turn: id of the token that ends an answer, or None. stop_ids: ids on which generation has to stop.
+        untrainable: why `encode` cannot work with this template, or None; `prompt` can.
+
+    Raises:
+        RunError: the template renders no plain prompt, begins with two BOS or drops text, nothing ends an answer; an
+            unknown content token.
+    """
+
+    def __init__(self, tokenizer, content_tokens=(), day=None):
+        self.tokenizer = tokenizer
+        self.date = day or date.today().isoformat()
+        self.template = ChatTemplate(tokenizer, tuple(content_tokens), self.date)
+        self.controls = self.template.controls
+        printed = self.date if "strftime_now" in self.template.source else ""
+        settings = [self.controls.settings, tokenizer.special_tokens_map, self.template.source]
+        self.key = json.dumps([*settings, self.template.content_tokens, printed])
+        self.untrainable = None
+        try:
+            self.encode(*self.template.plain)
+        except ValueError as error:
+            self.untrainable = f"the chat template fails on a plain conversation: {error}"
+        names = dict.fromkeys([*self.template.stops, tokenizer.eos_token])
+        self.stop_ids = tokenizer.convert_tokens_to_ids([name for name in names if name])
+        self.end_of_turn = self.stop_ids[0] if self.template.ends else None
+        if not self.stop_ids:
+            raise RunError(f"{self.untrainable}; and the tokenizer has no eos_token")
+
+    def encode(self, messages, tools=None, last_turn_only=False, options=None):
+        """Token ids and mask of a conversation.
+
+        Args:
+            messages: list of {"role", "content", ...}, checked by `check_messages`. tools: JSON schemas, or None.
+            last_turn_only: train on the last assistant turn only, not on all.
+            options: variables for the template (a row's `chat_template_kwargs`).
+
+        Returns:
+            (input_ids (L,) list of int, trained (L,) bool array). Trained are the tokens of assistant turns, the
+            end-of-turn token included: what the model itself has to produce. A token that crosses the end of the
+            prompt is trained.
+
+        Raises:
+            ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
+        """
+        return self.encode_and_note(messages, tools, last_turn_only, options)[:2]
+
+    def encode_and_note(self, messages, tools=None, last_turn_only=False, options=None):
+        """As `encode`, and a list of notes: what the account of a data set has to say of this conversation."""
+        if self.untrainable:
+            raise ValueError(self.untrainable)
+        view = self.template.view(messages, tools, options)
+        text, marks = self.template.render(view)
+        self.template.check(text, view)
+        turns = [i for i, message in enumerate(view.messages) if message["role"] == "assistant"]
+        spans, notes, place, heads = [], set(), 0, self._heads(text)
+        for k, i in enumerate(turns):
+            message = view.messages[i]
+            is_trained = message.get("weight", 1) and message.get("train", True)
+            is_wanted = i == turns[-1] or not last_turn_only
+            try:
+                begin, difference = self._begin(text, heads, place, view, turns[: k + 1])
+                place, is_shortened = self._end(text, begin, view, turns[: k + 1])
+            except ValueError:
+                if is_trained and is_wanted:
+                    raise
+                place = None
+            if not is_trained:
+                notes.add("with answers that are shown and not trained on (`weight` 0, `train` false, in a `prompt`)")
+            elif is_wanted:
+                parts = self._narrow(text, begin, place, marks)
+                spans += parts
+                if sum(len(text[a:b].strip()) for a, b in parts) < len(text[begin:place].strip()):
+                    notes.add("with parts of answers that the template's {% generation %} leaves out")
+                notes |= {difference} if difference else set()
+                notes |= {SHORTENED} if is_shortened else set()
+        pieces = [text[a:b] for a, b in itertools.pairwise([0, *(cut for span in spans for cut in span), len(text)])]
+        ids, firsts, crossings = self.controls.encode(pieces)
+        trained = np.zeros(len(ids), dtype=bool)
+        for begin, end in zip(firsts[::2], firsts[1::2], strict=True):
+            trained[begin:end] = True
+        if any(crossings[::2]):
+            notes.add("with a token that crosses the end of the prompt (it is trained)")
+        return ids, trained, sorted(notes | self._notes(view))
+
+    def prompt(self, messages, tools=None, options=None):
+        """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
+        view = self.template.view(messages, tools, options)
+        text, _ = self.template.render(view, add_generation_prompt=True)
+        self.template.check(text, view, add_generation_prompt=True)
+        return self.controls.encode([text])[0]
+
+    def _heads(self, text):
+        """Where each header in the text ends."""
+        header = self.template.header
+        return [match.end() for match in re.finditer(re.escape(header), text)] if header else []
+
+    def _begin(self, text, heads, place, view, turns):
+        """Where the last of these turns begins in the text, and a note if its prompt is no prefix of the text.
+
+        It begins where its prompt ends. The prompt of a plain turn need not be rendered where headers are unmistakable:
+        where there are as many as turns. Where a prompt is rendered differently later, the turn begins behind the first
+        header after `place`, the end of the turn before, if the header holds a control string: no content can.
+        """
+        i = turns[-1]
+        begin, difference = None, None
+        is_last = not any(message["role"] == "assistant" for message in view.messages[i + 1 :])
+        if len(heads) == sum(message["role"] == "assistant" for message in view.messages):
+            begin = heads[len(turns) - 1]
+        is_answer = view.is_plain and view.messages[i - 1]["role"] == "user"
+        if i > 0 and not (is_answer and self._says(text, begin, view.messages[i])):
+            prompt, _ = self.template.render(view.until(i), add_generation_prompt=True)
+            if text.startswith(prompt):
+                return len(prompt), None
+            if text.startswith(prompt.removesuffix(self.template.opening)):
+                begin = len(prompt.removesuffix(self.template.opening))
+            else:
+                difference = "with a prompt that is rendered differently once the answer follows"
+        if begin is None and place is not None and self.controls.pattern.search(self.template.header):
+            begin = next((head for head in heads if head > place), None)
+        if begin is None:
+            raise ValueError(
+                f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "
+                f"trained tokens cannot be told apart: choose a --chat_template{'' if is_last else LAST}"
+            )
+        if text.startswith(self.template.opening, begin):
+            return begin + len(self.template.opening), difference
+        start = self.template.opening.rstrip()
+        begin += len(start) * text.startswith(start, begin)
+        return begin, f"which do not go on as the prompt ends: {self.template.opening!r}"
+
+    def _says(self, text, begin, message):
+        """Whether the message's content follows here, behind the opening if there is one."""
+        if begin is None:
+            return False
+        begin += len(self.template.opening) * text.startswith(self.template.opening, begin)
+        return text.startswith((message.get("content") or "").strip(), SPACE.match(text, begin).end())
+
+    def _end(self, text, begin, view, turns):
+        """(where the last of these turns ends in the text, whether it is shown with less than it had as the last)."""
+        i = turns[-1]
+        message = view.messages[i]
+        content = (message.get("content") or "").strip()
+        if content and not any(message.get(field) for field in ("tool_calls", *THOUGHTS)):
+            place = SPACE.match(text, begin).end()
+            end = self.template.end_token(text, place + len(content)) if text.startswith(content, place) else None
+            if end:
+                return end, False
+        whole, start = text, begin  # the turn as the last one
+        if i < len(view.messages) - 1:
+            whole, _ = self.template.render(view.until(i + 1))
+            start, _ = self._begin(whole, self._heads(whole), None, view.until(i + 1), turns)
+        body = self.template.without_tail(whole[start:])
+        self._check_turn(whole[start - len(self.template.opening) : start] + body, message, i)
+        last_part = self.controls.pattern.split(body)[-1]  # behind its last control string
+        ends = []  # (what is said before, where it ends) of all end tokens
+        for match in self.controls.pattern.finditer(text, begin):
+            end = self.template.end_token(text, match.start())
+            if end:
+                ends.append((text[begin : match.start()].rstrip(), end))
+        for said, end in ends:
+            if said == body:
+                return end, False
+        for said, end in ends:
+            if whole is not text and _is_shortened(said, body, last_part):
+                return end, True
+        if whole is text:
+            raise ValueError(f"{NO_END} (it ends with {text.replace(BREAK, '')[-12:]!r}): {WHY_END}")
+        raise ValueError(
+            f"the chat template renders messages[{i}] differently once another follows, so the trained tokens cannot "
+            f"be told apart: choose a --chat_template{LAST}"
+        )
+
+    def _check_turn(self, shown, message, i):
+        """Raises ValueError if a turn that is shown as the last one lacks some of what the message has."""
+        rest = _squeeze(shown)
+        content = _squeeze(message.get("content") or "")
+        if content not in rest:
+            raise ValueError(f"the chat template leaves out messages[{i}].content: choose a --chat_template")
+        if content:
+            before, _, after = rest.rpartition(content)
+            rest = before + after
+        for field in THOUGHTS:
+            if _squeeze(message.get(field) or "") not in rest:
+                hint = "put thoughts into the content, or choose a --chat_template"
+                raise ValueError(f"the chat template leaves out messages[{i}].{field}: {hint}")
+        shown = shown.replace(BREAK, "")
+        words = re.findall(r"[A-Za-z0-9]+", " ".join(_leaves(message.get("tool_calls"))).replace(BREAK, ""))
+        if not all(word in shown for word in words):
+            raise ValueError(f"the chat template leaves out a call of messages[{i}]: choose a --chat_template")
+
+    def _narrow(self, text, begin, end, marks):
+        """The parts of a turn that the template marks, if it marks any turns; the last has to have the end token."""
+        if marks is None:
+            return [(begin, end)]
+        parts = [(max(begin, a), min(end, b)) for a, b in marks if a < end and b > begin]
+        if parts and parts[-1][1] < end:
+            marked = text[begin : parts[-1][1]].replace(BREAK, "")
+            raise ValueError(f"{NO_END} (it marks {marked[-12:]!r}): {WHY_END}")
+        return parts
+
+    def _notes(self, view):
+        """What the account of a data set has to say of a conversation, beside its mask."""
+        notes = set()
+        if view.met["content"] | view.met["answers"]:
+            notes.add("with control strings in content, kept as text")
+        if view.met["answers"] - self.controls.special:
+            some = " ".join(sorted(view.met["answers"] - self.controls.special)[:4])
+            notes.add(f"with {some} in answers, kept as text: --content_tokens {some} makes them tokens")
+        speakers = [message for message in view.messages if message["role"] not in ("tool", "function", "environment")]
+        if "names" in self.template.dropped and any(message.get("name") for message in speakers):
+            notes.add("with names of speakers, which the template does not show")
+        unknown = [option for option in view.options if option not in self.template.fields]
+        if unknown:
+            notes.add(f"with chat_template_kwargs that the template does not read: {', '.join(unknown)}")
+        return notes
+
+
+def _leaves(value):
+    """Names and arguments in tool calls: the texts that a turn with the calls has to show."""
+    if isinstance(value, dict):
+        return [text for key, part in value.items() if key not in ("id", "type") for text in _leaves(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _leaves(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def _squeeze(text):
+    """Text without white space, for comparisons: templates trim."""
+    return "".join(text.split())
+
+
+def _is_shortened(text, whole, last_part):
+    """Whether `text` is the end of `whole`, or `whole` without one piece that is not of its `last_part`."""
+    text, whole = text.lstrip(), whole.lstrip()
+    kept = len(os.path.commonprefix([text[::-1], whole[::-1]]))
+    if kept == len(text):
+        return kept > 0
+    return kept >= len(last_part) and whole.startswith(text[: len(text) - kept])
+
+
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+CHANGING = {"tool_calls", "function_calls", *THOUGHTS}
 KINDS = {"system": "system messages", "user": "user messages", "tool": "tool answers", "environment": "tool answers"}
 CANONICAL = ("system", "tool")
 ALIASES = (("developer", "system"), ("function", "tool"), ("environment", "tool"), ("tool", "environment"))
@@ -621,8 +734,9 @@ class View:
 
     Attributes:
         messages, tools: with shielded text. options: variables for the template.
-        is_plain: without thoughts, tool calls and options, which change how a template renders other messages.
+        is_plain: without thoughts, tools and options, which change how a template renders other messages.
         met: {"answers": set, "content": set}, the control strings that stay text, in answers and elsewhere.
+        raw: messages, tools and options before they were shielded.
     """
 
     messages: list
@@ -630,10 +744,248 @@ class View:
     options: dict
     is_plain: bool
     met: dict
+    raw: tuple
 
     def until(self, i):
         """The first i messages of it."""
         return dataclasses.replace(self, messages=self.messages[:i])
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer: what it renders, and what it does, found by rendering small conversations.
+
+    Args:
+        tokenizer, content_tokens, day: as for ChatFormat.
+
+    Attributes:
+        source: its text; of several templates, all.
+        controls: the ControlStrings.
+        dropped: kinds of content that it leaves out without a word.
+        wants_text, wants_content: whether arguments of tool calls have to be JSON text; whether calls need `content`.
+        header: what it writes before each answer, at the end of the generation prompt.
+        opening: what it writes behind the header in the generation prompt, but not always in an answer (`<think>`).
+        ends: the end tokens, which end an answer or a call; that of a last answer first.
+        stops: these, and other special tokens behind a last answer.
+
+    Raises:
+        RunError: the template renders no plain prompt, drops its text or begins with two BOS; an unknown content token.
+    """
+
+    def __init__(self, tokenizer, content_tokens, day):
+        self.tokenizer = tokenizer
+        self.content_tokens = content_tokens
+        self.day = day
+        templates = tokenizer.chat_template
+        self.templates = templates if isinstance(templates, dict) else {"default": templates}
+        self.source = "\n".join(self.templates.values())
+        self.controls = ControlStrings(tokenizer, self.source)
+        unknown = [token for token in content_tokens if token not in self.controls.all]
+        if unknown:
+            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
+        self.roles, self.fields = self._read_source()
+        self._probe()
+
+    def _read_source(self):
+        """(what the template compares a role with, the names and keys that it looks up), sets of str."""
+        roles, fields = set(), set()
+        for text in self.templates.values():
+            try:
+                tree = _compile_jinja_template(text).environment.parse(text)
+            except jinja2.TemplateError:  # rendering it will say so
+                continue
+            fields |= _words(tree)[0] | _keys(tree)
+            for node in tree.find_all((nodes.Compare, nodes.Filter, nodes.Test)):
+                names, texts = _words(node)
+                roles |= texts if "role" in names | texts else set()
+        return roles, fields
+
+    def view(self, messages, tools=None, options=None):
+        """The conversation as the template gets to see it: in its own terms, text shielded."""
+        messages = [self._adapt(message) for message in messages]
+        if not tools and "functions" not in self.fields:
+            tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
+        raw = (messages, tools or None, options or {})
+        met = {"answers": set(), "content": set()}  # control strings that stay text
+        shown = []
+        for message in messages:
+            fields = {"role": message["role"]}
+            for name, value in message.items():
+                is_text = message["role"] == "assistant" and name == "content"
+                self.controls.seen = met["answers" if is_text else "content"]
+                if name != "role":
+                    fields[name] = self.controls.shield(value, name, self.content_tokens if is_text else ())
+            shown.append(fields)
+        is_plain = not options and not tools and all(CHANGING.isdisjoint(message) for message in messages)
+        self.controls.seen = met["content"]
+        return View(shown, *map(self.controls.shield, raw[1:]), is_plain, met, raw)
+
+    def _adapt(self, message):
+        """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
+        message = {name: value for name, value in message.items() if value is not None}
+        for one, other in ALIASES:
+            if message["role"] == one and one not in self.roles and (other in CANONICAL or other in self.roles):
+                message["role"] = other
+        if "function_calls" in message and "function_calls" not in self.fields:
+            message["tool_calls"] = parse_calls(message.pop("function_calls"))
+        if self.wants_content:
+            message.setdefault("content", "")
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_with_arguments(call, self.wants_text) for call in message["tool_calls"]]
+        return message
+
+    def render(self, view, add_generation_prompt=False):
+        """(text, [(start, end), …] of the template's {% generation %} blocks, or None if it has none)."""
+        template = self.templates["default"]
+        if view.tools and "tool_use" in self.templates:
+            template = self.templates["tool_use"]
+        has_marks = GENERATION.search(template) is not None
+        try:
+            if "strftime_now" in template:
+                _compile_jinja_template(template).globals["strftime_now"] = date.fromisoformat(self.day).strftime
+            texts, marks = render_jinja_template(
+                conversations=[view.messages],
+                tools=view.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=has_marks,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+                **view.options,
+            )
+        except Exception as error:  # a template is a program of somebody else's
+            raise ValueError(f"the chat template rejects this conversation: {first_line(error)}") from None
+        escape = ascii(BREAK)[1:-1]  # how a printed object would show it
+        shown = [view.messages, view.tools]
+        if escape in texts[0] and escape not in json.dumps(shown, ensure_ascii=False, default=str):
+            raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
+        return texts[0], marks[0] if has_marks else None
+
+    def check(self, text, view, add_generation_prompt=False):
+        """Raises ValueError if the rendered text leaves a message out, or differs because its content is shielded."""
+        roles = {message["role"] for message in view.messages}
+        kinds = {kind for role, kind in KINDS.items() if role in roles}
+        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in view.messages) else set()
+        if view.tools:
+            kinds.add("tools beside a system message" if "system" in roles else "tools")
+        dropped = self.dropped & kinds
+        for i, message in enumerate(view.messages):  # a template may know a kind, but not in this place
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+                dropped |= {f"messages[{i}] ({message['role']})"}
+        if dropped:
+            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}: choose a --chat_template")
+        is_shielded = view.raw != (view.messages, view.tools, view.options)
+        if is_shielded and not any(view.met.values()):  # at edges only: nothing else may change by it
+            raw = dataclasses.replace(view, messages=view.raw[0], tools=view.raw[1], options=view.raw[2])
+            if self.render(raw, add_generation_prompt)[0] != text.replace(BREAK, ""):
+                raise ValueError("the chat template sorts or compares text that is a part of a control string")
+
+    def end_token(self, text, place):
+        """Where the first end token ends, if nothing but control strings and white space comes before it; or None."""
+        for match in self.controls.pattern.finditer(text, place):
+            if text[place : match.start()].strip():
+                return None
+            if match[0] in self.ends:
+                return match.end()
+            place = match.end()
+        return None
+
+    def without_tail(self, text):
+        """Text without the control strings and white space that it ends with."""
+        stop = len(text)
+        for match in reversed(list(self.controls.pattern.finditer(text))):
+            if text[match.end() : stop].strip():
+                break
+            stop = match.start()
+        return text[:stop].rstrip()
+
+    def _probe(self):
+        """Finds out what the template does, by rendering small conversations."""
+        self.wants_text, self.wants_content, self.dropped = False, False, set()
+        self.header, self.opening, self.ends = "", "", []
+        question = {"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}
+        answer = {"role": "assistant", "content": "Certainly 5."}
+        tools = None
+        if not self._try([question], None, True):  # some templates are for tools only
+            tools = [{**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "description": "A tool"}}]
+        as_object = self._try([question, PROBE_CALL], tools)
+        self.wants_text = True
+        as_text = self._try([question, PROBE_CALL], tools)
+        self.wants_text = bool(as_text) and (not as_object or ("{'text'" in as_object and '{"text"' in as_text))
+        bare = {name: PROBE_CALL[name] for name in ("role", "tool_calls")}
+        for rest in ([], [PROBE_RESULT, answer]):
+            takes_calls = self._try([question, PROBE_CALL, *rest], tools)
+            self.wants_content |= bool(takes_calls) and not self._try([question, bare, *rest], tools)
+        self.dropped = self._find_dropped(tools)
+        try:
+            view = self.view([question], tools)
+            prompt, _ = self.render(view, add_generation_prompt=True)
+            self.check(prompt, view, add_generation_prompt=True)
+        except ValueError as error:
+            raise RunError(f"the chat template fails on a plain conversation: {error}") from None
+        if self.controls.encode([prompt])[0] != self.tokenizer(prompt, add_special_tokens=False).input_ids:
+            raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
+        self._find_turns(prompt, question, answer, tools)
+        bos = self.tokenizer.bos_token
+        if bos and prompt.startswith(bos + bos) and bos not in self.header:  # there it begins messages, too
+            raise RunError(f"the chat template begins with two {bos}")
+        self.plain = [question, answer], tools
+
+    def _try(self, messages, tools, add_generation_prompt=False):
+        """The rendered text, or "" where the template rejects it."""
+        try:
+            return self.render(self.view(messages, tools), add_generation_prompt)[0]
+        except ValueError:
+            return ""
+
+    def _find_dropped(self, tools):
+        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+        call = PROBE_CALL["tool_calls"][0]
+        silent = {**PROBE_CALL, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
+        probes = {
+            "user messages": [{"role": "user", "content": PROBE}, answer],
+            "system messages": [{"role": "system", "content": PROBE}, user, answer],
+            "tool calls": [user, PROBE_CALL],
+            "tool answers": [user, silent, PROBE_RESULT, answer],
+            "names": [{**user, "name": PROBE}, answer],
+        }
+        shown = {kind: self._try(messages, tools) for kind, messages in probes.items()}
+        shown["tools"] = self._try([user, answer], [PROBE_TOOL])
+        system = {"role": "system", "content": "Be brief."}
+        shown["tools beside a system message"] = self._try([system, user, answer], [PROBE_TOOL])
+        return {kind for kind, text in shown.items() if text and PROBE not in text}  # what it rejects, it says itself
+
+    def _find_turns(self, prompt, question, answer, tools):
+        """Finds header, opening, ends and stops."""
+        again, other = {"role": "user", "content": "And 4?"}, {"role": "assistant", "content": "It is 7."}
+        plain = self._try([question, answer], tools)
+        several = self._try([question, answer, again, other], tools)
+        texts = [text for text in (plain, self._try([question, other], tools), several) if text]
+        common = min(len(os.path.commonprefix([prompt, text])) for text in [prompt, *texts])
+        start = len(os.path.commonprefix([prompt, self._try([question], tools)]))
+        for match in self.controls.pattern.finditer(prompt):  # a border lies between control strings, not in one
+            start = match.start() if match.start() < start < match.end() else start
+            common = match.start() if match.start() < common < match.end() else common
+        if start < common or common == len(prompt):
+            self.header, self.opening = prompt[start:common], prompt[common:]
+        at_end = self._specials_at_end(plain)
+        self.ends = at_end[:1]
+        behind = [several[several.find(end) + len(end) :].lstrip() for end in ("(Briefly.)", "Certainly 5.")]
+        first = [self.controls.pattern.match(text) for text in behind]
+        if several and all(first):  # an earlier answer may have another end: one that ends questions, too
+            end = first[0][0]
+            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in self.header:
+                self.ends.append(end)
+        of_calls = self._specials_at_end(self._try([question, PROBE_CALL], tools))
+        if of_calls and not set(of_calls) & set(self.ends):
+            self.ends.append(of_calls[-1])
+        self.stops = list(dict.fromkeys([*self.ends, *at_end]))
+
+    def _specials_at_end(self, text):
+        """The special tokens after the last text, without those that another follows directly: they end nothing."""
+        tail = text[len(self.without_tail(text)) :].strip()
+        found = list(self.controls.pattern.finditer(tail))
+        found = [match[0] for match in found if not self.controls.pattern.match(tail, match.end())]
+        return [text for text in found if text in self.controls.special]
 
 
 def _words(node):
@@ -642,21 +994,13 @@ def _words(node):
     return names, {part.value for part in node.find_all(nodes.Const) if isinstance(part.value, str)}
 
 
-def _bracket(match):
-    return OPEN + match[0] + CLOSE
-
-
-def _squeeze(text):
-    """Text without white space, for comparisons: templates trim."""
-    return "".join(text.split())
-
-
-def _is_shortened(text, whole, last_part):
-    """Whether `text` is the end of `whole`, or `whole` without one piece that is not of its `last_part`."""
-    kept = len(os.path.commonprefix([text[::-1], whole[::-1]]))
-    if kept == len(text):
-        return kept > 0
-    return kept >= len(last_part) and whole.startswith(text[: len(text) - kept])
+def _keys(tree):
+    """What a parsed template looks up by name: x["…"], x.get("…"), "…" in x."""
+    found = [node.arg for node in tree.find_all(nodes.Getitem)] + [node.expr for node in tree.find_all(nodes.Compare)]
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr == "get":
+            found += call.args[:1]
+    return {node.value for node in found if isinstance(node, nodes.Const) and isinstance(node.value, str)}
 
 
 def _with_arguments(call, as_text):
@@ -675,7 +1019,9 @@ def _with_arguments(call, as_text):
 
 
 def parse_calls(text):
-    """Tool calls as lines of Python, `get_weather(city="Rome")`, as a list of calls. Raises ValueError."""
+    """Tool calls as lines of Python, `get_weather(city="Rome")`, or a list, as a list of calls. Raises ValueError."""
+    if isinstance(text, list):
+        return text
     calls = []
     try:
         for statement in ast.parse(text).body:
@@ -684,9 +1030,14 @@ def parse_calls(text):
                 raise ValueError("arguments without names")
             function = {"name": ast.unparse(statement.value.func), "arguments": arguments}
             calls.append({"type": "function", "function": function})
-    except (SyntaxError, AttributeError, ValueError) as error:
+    except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"function_calls is not lines of calls with named arguments: {first_line(error)}") from None
     return calls
+
+
+# Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
+BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+RARE = "°你\u200b\U0001f9ff\ue000"  # some tokenizers know no such characters, and have no token for the unknown
 
 
 class ControlStrings:
@@ -776,8 +1127,8 @@ class ControlStrings:
         if not core or not edges or key == "type":
             return text
         before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
-        begin = BREAK if core in self.parts or any(core[:n] in self.tails for n in lengths) else ""
-        end = BREAK if any(core[-n:] in self.heads for n in lengths) else ""
+        begin = BREAK if any(core[:n] in self.tails for n in lengths) else ""
+        end = BREAK if core in self.parts or any(core[-n:] in self.heads for n in lengths) else ""
         return before + begin + core + end + after
 
     def encode(self, pieces):
@@ -812,433 +1163,178 @@ class ControlStrings:
         return len(ids), False
 
 
-class ChatTemplate:
-    """The chat template of a tokenizer: what it renders, and what it does, found by rendering small conversations.
+def _bracket(match):
+    return OPEN + match[0] + CLOSE
 
-    Args:
-        tokenizer, content_tokens, day: as for ChatFormat.
 
-    Attributes:
-        source: its text; of several templates, all.
-        controls: the ControlStrings.
-        dropped: kinds of content that it leaves out without a word.
-        wants_text, wants_content: whether arguments of tool calls have to be JSON text; whether calls need `content`.
-        header: what it writes before each answer, at the end of the generation prompt.
-        opening: what it writes behind the header in the generation prompt, but not always in an answer (`<think>`).
-        ends: the end tokens, which end an answer or a call; that of a last answer first.
-        stops: these, and other special tokens behind a last answer.
+# How a row holds a conversation. Whatever is read here is in the form of OpenAI's and transformers' messages then.
+
+
+def read_conversation(row, needs_answer=True):
+    """The messages of a row, checked, from `messages`, `conversations` or `prompt` and (if needed) `completion`.
 
     Raises:
-        RunError: the template renders no plain prompt, drops its text or begins with two BOS; an unknown content token.
+        ValueError: naming the field, and what to do with rows of other shapes.
     """
-
-    def __init__(self, tokenizer, content_tokens, day):
-        self.tokenizer = tokenizer
-        self.content_tokens = content_tokens
-        self.day = day
-        templates = tokenizer.chat_template
-        self.templates = templates if isinstance(templates, dict) else {"default": templates}
-        self.source = "\n".join(self.templates.values())
-        self.controls = ControlStrings(tokenizer, self.source)
-        unknown = [token for token in content_tokens if token not in self.controls.all]
-        if unknown:
-            raise RunError(f"--content_tokens: not control tokens of this tokenizer: {' '.join(unknown)}")
-        self.roles, self.fields = self._read_source()
-        self._probe()
-
-    def _read_source(self):
-        """(what the template compares a role with, all names that it looks up), sets of str."""
-        roles, fields = set(), set()
-        for text in self.templates.values():
-            try:
-                tree = _compile_jinja_template(text).environment.parse(text)
-            except jinja2.TemplateError:  # rendering it will say so
-                continue
-            fields.update(*_words(tree))
-            for node in tree.find_all((nodes.Compare, nodes.Filter, nodes.Test)):
-                names, texts = _words(node)
-                roles |= texts if "role" in names | texts else set()
-        return roles, fields
-
-    def view(self, messages, tools=None, options=None):
-        """The conversation as the template gets to see it: in its own terms, text shielded."""
-        messages = [self._adapt(message) for message in messages]
-        if not tools and "functions" not in self.fields:
-            tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
-        met = {"answers": set(), "content": set()}  # control strings that stay text
-        shown = []
-        for message in messages:
-            is_answer = message["role"] == "assistant"
-            fields = {"role": message["role"]}
-            for name, value in message.items():
-                if name != "role":
-                    is_text = is_answer and name == "content"
-                    self.controls.seen = met["answers" if is_text else "content"]
-                    fields[name] = self.controls.shield(value, name, self.content_tokens if is_text else ())
-            shown.append(fields)
-        is_plain = not options and all(CHANGING.isdisjoint(message) for message in messages)
-        return View(shown, self.controls.shield(tools) or None, options or {}, is_plain, met)
-
-    def _adapt(self, message):
-        """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
-        message = {name: value for name, value in message.items() if value is not None}
-        for one, other in ALIASES:
-            if message["role"] == one and one not in self.roles and (other in CANONICAL or other in self.roles):
-                message["role"] = other
-        if isinstance(message.get("function_calls"), str) and "function_calls" not in self.fields:
-            message["tool_calls"] = parse_calls(message.pop("function_calls"))
-        if self.wants_content:
-            message.setdefault("content", "")
-        if isinstance(message.get("tool_calls"), list):
-            message["tool_calls"] = [_with_arguments(call, self.wants_text) for call in message["tool_calls"]]
-        return message
-
-    def render(self, view, add_generation_prompt=False):
-        """(text, [(start, end), …] of the template's {% generation %} blocks, or None if it has none)."""
-        template = self.templates["default"]
-        if view.tools and "tool_use" in self.templates:
-            template = self.templates["tool_use"]
-        has_marks = GENERATION.search(template) is not None
-        try:
-            if "strftime_now" in template:
-                _compile_jinja_template(template).globals["strftime_now"] = date.fromisoformat(self.day).strftime
-            texts, marks = render_jinja_template(
-                conversations=[view.messages],
-                tools=view.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=has_marks,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-                **view.options,
-            )
-        except Exception as error:  # a template is a program of somebody else's
-            raise ValueError(f"the chat template rejects this conversation: {first_line(error)}") from None
-        escape = ascii(BREAK)[1:-1]  # how a printed object would show it
-        shown = [view.messages, view.tools]
-        if escape in texts[0] and escape not in json.dumps(shown, ensure_ascii=False, default=str):
-            raise ValueError("the chat template escapes text that holds a control string, which then cannot stay text")
-        return texts[0], marks[0] if has_marks else None
-
-    def check_shown(self, text, view):
-        roles = {message["role"] for message in view.messages}
-        kinds = {kind for role, kind in KINDS.items() if role in roles}
-        kinds |= {"tool calls"} if any(message.get("tool_calls") for message in view.messages) else set()
-        dropped = self.dropped & (kinds | ({"tools"} if view.tools else set()))
-        for i, message in enumerate(view.messages):  # a template may know a kind, but not in this place
-            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
-                dropped |= {f"messages[{i}] ({message['role']})"}
-        if dropped:
-            raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}: choose a --chat_template")
-
-    def end_token(self, text, place):
-        """Where the first end token ends, if nothing but control strings and white space comes before it; or None."""
-        for match in self.controls.pattern.finditer(text, place):
-            if text[place : match.start()].strip():
-                return None
-            if match[0] in self.ends:
-                return match.end()
-            place = match.end()
-        return None
-
-    def without_tail(self, text):
-        """Text without the control strings and white space that it ends with."""
-        stop = len(text)
-        for match in reversed(list(self.controls.pattern.finditer(text))):
-            if text[match.end() : stop].strip():
-                break
-            stop = match.start()
-        return text[:stop].rstrip()
-
-    def _probe(self):
-        """Finds out what the template does, by rendering small conversations."""
-        self.wants_text, self.wants_content, self.dropped = False, False, set()
-        self.header, self.opening, self.ends = "", "", []
-        question = {"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}
-        answer = {"role": "assistant", "content": "Certainly 5."}
-        tools = None
-        if not self._try([question], None, True):  # some templates are for tools only
-            tools = [{**PROBE_TOOL, "function": {**PROBE_TOOL["function"], "description": "A tool"}}]
-        self.wants_text = not self._try([question, PROBE_CALL], tools)
-        self.wants_text = self.wants_text and bool(self._try([question, PROBE_CALL], tools))
-        bare = {name: PROBE_CALL[name] for name in ("role", "tool_calls")}
-        for rest in ([], [PROBE_RESULT, answer]):
-            takes_calls = self._try([question, PROBE_CALL, *rest], tools)
-            self.wants_content |= bool(takes_calls) and not self._try([question, bare, *rest], tools)
-        self.dropped = self._find_dropped(tools)
-        try:
-            view = self.view([question], tools)
-            prompt, _ = self.render(view, add_generation_prompt=True)
-            self.check_shown(prompt, view)
-        except ValueError as error:
-            raise RunError(f"the chat template fails on a plain conversation: {error}") from None
-        if self.controls.encode([prompt])[0] != self.tokenizer(prompt, add_special_tokens=False).input_ids:
-            raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
-        self._find_turns(prompt, question, answer, tools)
-        bos = self.tokenizer.bos_token
-        if bos and prompt.startswith(bos + bos) and bos not in self.header:  # there it begins messages, too
-            raise RunError(f"the chat template begins with two {bos}")
-        self.plain = [question, answer], tools
-
-    def _try(self, messages, tools, add_generation_prompt=False):
-        """The rendered text, or "" where the template rejects it."""
-        try:
-            return self.render(self.view(messages, tools), add_generation_prompt)[0]
-        except ValueError:
-            return ""
-
-    def _find_dropped(self, tools):
-        """Kinds of content that the template leaves out without a word, found by rendering a probe of each."""
-        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-        call = PROBE_CALL["tool_calls"][0]
-        silent = {**PROBE_CALL, "tool_calls": [{**call, "function": {"name": "probe", "arguments": {}}}]}
-        probes = {
-            "user messages": [{"role": "user", "content": PROBE}, answer],
-            "system messages": [{"role": "system", "content": PROBE}, user, answer],
-            "tool calls": [user, PROBE_CALL],
-            "tool answers": [user, silent, PROBE_RESULT, answer],
-            "names": [{**user, "name": PROBE}, answer],
-        }
-        shown = {kind: self._try(messages, tools) for kind, messages in probes.items()}
-        shown["tools"] = self._try([user, answer], [PROBE_TOOL])
-        return {kind for kind, text in shown.items() if text and PROBE not in text}  # what it rejects, it says itself
-
-    def _find_turns(self, prompt, question, answer, tools):
-        """Finds header, opening, ends and stops."""
-        again, other = {"role": "user", "content": "And 4?"}, {"role": "assistant", "content": "It is 7."}
-        plain = self._try([question, answer], tools)
-        several = self._try([question, answer, again, other], tools)
-        texts = [text for text in (plain, self._try([question, other], tools), several) if text]
-        common = min(len(os.path.commonprefix([prompt, text])) for text in [prompt, *texts])
-        start = len(os.path.commonprefix([prompt, self._try([question], tools)]))
-        for match in self.controls.pattern.finditer(prompt):  # a border lies between control strings, not in one
-            start = match.start() if match.start() < start < match.end() else start
-            common = match.start() if match.start() < common < match.end() else common
-        if start < common or common == len(prompt):
-            self.header, self.opening = prompt[start:common], prompt[common:]
-        at_end = self._specials_at_end(plain)
-        self.ends = at_end[:1]
-        behind = [several[several.find(end) + len(end) :].lstrip() for end in ("(Briefly.)", "Certainly 5.")]
-        first = [self.controls.pattern.match(text) for text in behind]
-        if several and all(first):  # an earlier answer may have another end: one that ends questions, too
-            end = first[0][0]
-            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in self.header:
-                self.ends.append(end)
-        of_calls = self._specials_at_end(self._try([question, PROBE_CALL], tools))
-        if of_calls and not set(of_calls) & set(self.ends):
-            self.ends.append(of_calls[-1])
-        self.stops = list(dict.fromkeys([*self.ends, *at_end]))
-
-    def _specials_at_end(self, text):
-        """The special tokens after the last text, without those that another follows directly: they end nothing."""
-        tail = text[len(self.without_tail(text)) :].strip()
-        found = list(self.controls.pattern.finditer(tail))
-        found = [match[0] for match in found if not self.controls.pattern.match(tail, match.end())]
-        return [text for text in found if text in self.controls.special]
+    for field in ("messages", "conversations"):
+        if row.get(field) is not None:
+            return _with_system(row, read_messages(row[field], field))
+    if row.get("prompt") is not None and not needs_answer:
+        return _with_system(row, read_messages(row["prompt"], "prompt", "user"))
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        prompt = [{**message, "train": False} for message in read_messages(row["prompt"], "prompt", "user")]
+        return [*_with_system(row, prompt), *read_messages(row["completion"], "completion", "assistant")]
+    missing = "messages is null, expected a list" if "messages" in row else "no field 'messages'"
+    raise ValueError(f"{missing}; {_columns(row)}")
 
 
-class ChatFormat:
-    """Messages → token ids and trained-token mask, by the tokenizer's chat template.
+def _with_system(row, messages):
+    """Messages, begun with the row's `system` if that is text and they have no system message."""
+    text = row.get("system")
+    if not isinstance(text, str) or not text.strip() or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": text}, *messages]
 
-    Ids equal `tokenizer.apply_chat_template`'s, except that control strings inside content stay text (ControlStrings),
-    and that an assistant message may have `weight` 0 or `train` false: shown, but not trained on.
 
-    Where an assistant's turn stands in the rendered text is found by the template's own marks and by rendering:
-        begin   behind the *header*: the end of the generation prompt, without the *opening* (`<think>`) that it may
-                have and an answer may lack; behind the opening where the answer has it.
-        end     behind the first *end token* that follows the turn's text. End tokens are what ends a plain answer or a
-                tool call in this template, by rendering one at the start.
-    A template that renders a turn with less once another follows (the thoughts of earlier turns) is taken by its word:
-    the mask covers what it renders, and a note counts the rows. A `{% generation %}` block can only narrow a turn.
+def _columns(row):
+    names = ", ".join(repr(field) for field in row) or "no fields"
+    return f"the row has {names} (python -m pipeline.convert knows other shapes)"
+
+
+def read_messages(value, field="messages", role=None):
+    """Messages as they are published, as {role, content, tool_calls?, ...}: a list of dicts.
 
     Args:
-        tokenizer: fast tokenizer with a chat template (`load_tokenizer`).
-        content_tokens: control strings that assistant content may contain as tokens (e.g. "<think>", "</think>").
-        day: what templates may print as today, ISO ("2026-01-31"); default today.
-
-    Attributes:
-        end_of_turn: id of the token that ends an answer, or None. stop_ids: ids on which generation has to stop.
-        untrainable: why `encode` cannot work with this template, or None; `prompt` can.
+        value: a list of messages (`role` and `content`, or ShareGPT's `from` and `value`), that list as JSON text, or,
+            with `role`, a string: one message of that role. Text in parts is joined.
 
     Raises:
-        RunError: the template renders no plain prompt, begins with two BOS or drops text, nothing ends an answer; an
-            unknown content token.
+        ValueError: as `check_messages`, and for parts that are not text.
     """
+    if isinstance(value, str) and (role is None or "role" in value) and value.lstrip().startswith("[{"):
+        value = _parse_json(value, field)
+    if isinstance(value, str) and role is not None:
+        value = [{"role": role, "content": value}]
+    if isinstance(value, list):
+        value = [_read_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+    check_messages(value, field)
+    return value
 
-    def __init__(self, tokenizer, content_tokens=(), day=None):
-        self.tokenizer = tokenizer
-        self.date = day or date.today().isoformat()
-        self.template = ChatTemplate(tokenizer, tuple(content_tokens), self.date)
-        self.controls = self.template.controls
-        printed = self.date if "strftime_now" in self.template.source else ""
-        settings = [self.controls.settings, tokenizer.special_tokens_map, self.template.source]
-        self.key = json.dumps([*settings, self.template.content_tokens, printed])
-        self.untrainable = None
-        try:
-            self.encode(*self.template.plain)
-        except ValueError as error:
-            self.untrainable = f"the chat template fails on a plain conversation: {error}"
-        names = dict.fromkeys([*self.template.stops, tokenizer.eos_token])
-        self.stop_ids = tokenizer.convert_tokens_to_ids([name for name in names if name])
-        self.end_of_turn = self.stop_ids[0] if self.template.ends else None
-        if not self.stop_ids:
-            raise RunError(f"{self.untrainable}; and the tokenizer has no eos_token")
 
-    def encode(self, messages, tools=None, last_turn_only=False, options=None):
-        """Token ids and mask of a conversation.
+MEDIA = ("images", "image", "videos", "audio", "audios")
+SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
-        Args:
-            messages: list of {"role", "content", ...}, checked by `check_messages`. tools: JSON schemas, or None.
-            last_turn_only: train on the last assistant turn only, not on all.
-            options: variables for the template (a row's `chat_template_kwargs`).
 
-        Returns:
-            (input_ids (L,) list of int, trained (L,) bool array). Trained are the tokens of assistant turns, the
-            end-of-turn token included: what the model itself has to produce. A token that crosses the end of the
-            prompt is trained.
+def _read_message(message, at):
+    if not isinstance(message, dict):
+        return message  # check_messages says so
+    for field in MEDIA:
+        if message.get(field):
+            raise ValueError(f"{at}.{field} is not empty, and only text can be trained on")
+    if "from" in message and "value" in message and message.get("role") is None:
+        named = {"role": SHAREGPT.get(str(message["from"]), message["from"]), "content": message["value"]}
+        message = named | {name: message[name] for name in message if name not in ("from", "value", "role")}
+    if isinstance(message.get("content"), list):
+        texts = [_text_of(part, f"{at}.content[{i}]") for i, part in enumerate(message["content"])]
+        message = {**message, "content": "".join(texts)}
+    if isinstance(message.get("function_call"), dict):  # OpenAI's older form
+        message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
+        del message["function_call"]
+    return message
 
-        Raises:
-            ValueError: the template rejects or drops a message, cannot say where turns begin, or a turn has no end.
-        """
-        return self.encode_and_note(messages, tools, last_turn_only, options)[:2]
 
-    def encode_and_note(self, messages, tools=None, last_turn_only=False, options=None):
-        """As `encode`, and a list of notes: what the account of a data set has to say of this conversation."""
-        if self.untrainable:
-            raise ValueError(self.untrainable)
-        view = self.template.view(messages, tools, options)
-        text, marks = self.template.render(view)
-        self.template.check_shown(text, view)
-        turns = [i for i, message in enumerate(view.messages) if message["role"] == "assistant"]
-        spans, notes, place, heads = [], set(), 0, self._heads(text)
-        for k, i in enumerate(turns):
-            message = view.messages[i]
-            is_trained = message.get("weight", 1) and message.get("train", True)
-            is_wanted = i == turns[-1] or not last_turn_only
-            try:
-                begin, difference = self._begin(text, heads, place, view, turns[: k + 1])
-                place, is_shortened = self._end(text, begin, view, turns[: k + 1])
-            except ValueError:
-                if is_trained and is_wanted:
-                    raise
-                place = None
-            if not is_trained:
-                notes.add("with answers that `weight` or `train` takes out of the training")
-            elif is_wanted:
-                spans += self._narrow(text, begin, place, marks)
-                notes |= {difference} if difference else set()
-                notes |= {SHORTENED} if is_shortened else set()
-        pieces = [text[a:b] for a, b in itertools.pairwise([0, *(cut for span in spans for cut in span), len(text)])]
-        ids, firsts, crossings = self.controls.encode(pieces)
-        trained = np.zeros(len(ids), dtype=bool)
-        for begin, end in zip(firsts[::2], firsts[1::2], strict=True):
-            trained[begin:end] = True
-        if any(crossings[::2]):
-            notes.add("with a token that crosses the end of the prompt (it is trained)")
-        return ids, trained, sorted(notes | self._notes(view))
+def _text_of(part, at):
+    if isinstance(part, dict) and {*part} <= {"type", "text"} and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = f"of type {part.get('type')!r}" if isinstance(part, dict) else _kind(part)
+    raise ValueError(f"{at} is {kind}: of parts, only {{type: text, text}} can be trained on")
 
-    def prompt(self, messages, tools=None, options=None):
-        """Token ids (list of int) of a conversation up to where the assistant's next turn begins. Raises ValueError."""
-        view = self.template.view(messages, tools, options)
-        text, _ = self.template.render(view, add_generation_prompt=True)
-        self.template.check_shown(text, view)
-        return self.controls.encode([text])[0]
 
-    def _heads(self, text):
-        """Where each header in the text ends."""
-        header = self.template.header
-        return [match.end() for match in re.finditer(re.escape(header), text)] if header else []
+def check_messages(messages, field="messages"):
+    """Checks one conversation. Returns None.
 
-    def _begin(self, text, heads, place, view, turns):
-        """Where the last of these turns begins in the text, and a note if its prompt is no prefix of the text.
+    Raises:
+        ValueError: naming the field: not a list, empty, unknown role, content that is not text, empty prompt, a
+            `weight` or `train` that is not yes or no.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"{field} is {_kind(messages)}, expected a list of {{role, content}}")
+    if not messages:
+        raise ValueError(f"{field} is empty")
+    for i, message in enumerate(messages):
+        at = f"{field}[{i}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{at} is {_kind(message)}, expected an object with role and content")
+        role = message.get("role")
+        content = message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"{at}.role is {role!r}, expected one of {', '.join(ROLES)}")
+        if content is None and not (role == "assistant" and _calls_of(message)):
+            raise ValueError(f"{at}.content is {'null' if 'content' in message else 'missing'}")
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{at}.content is {_kind(content)}, expected a string")
+        if role == "user" and not content.strip():
+            raise ValueError(f"{at}.content is empty: a prompt needs text")
+        for thought in THOUGHTS:
+            if not isinstance(message.get(thought), str | None):
+                raise ValueError(f"{at}.{thought} is {_kind(message[thought])}, expected a string")
+        for switch in ("weight", "train"):
+            if message.get(switch) not in (None, 0, 1):
+                raise ValueError(f"{at}.{switch} is {message[switch]!r}, expected 0 or 1")
 
-        It begins where its prompt ends. The prompt of a plain turn need not be rendered where headers are unmistakable:
-        where there are as many as turns. Where a prompt is rendered differently later, the turn begins behind the first
-        header after `place`, the end of the turn before, if the header holds a control string: no content can.
-        """
-        i = turns[-1]
-        begin = None
-        difference = None
-        if len(heads) == sum(message["role"] == "assistant" for message in view.messages):
-            begin = heads[len(turns) - 1]
-        is_answer = i > 0 and view.is_plain and view.messages[i - 1]["role"] == "user"
-        if i > 0 and (begin is None or not is_answer):
-            prompt, _ = self.template.render(view.until(i), add_generation_prompt=True)
-            if text.startswith(prompt):
-                return len(prompt), None
-            if text.startswith(prompt.removesuffix(self.template.opening)):
-                begin = len(prompt.removesuffix(self.template.opening))
-            else:
-                difference = "with a prompt that is rendered differently once the answer follows"
-        if begin is None and place is not None and self.controls.pattern.search(self.template.header):
-            begin = next((head for head in heads if head > place), None)
-        if begin is None:
-            raise ValueError(
-                f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "
-                "trained tokens cannot be told apart: choose a --chat_template, or --train_turns last"
-            )
-        if text.startswith(self.template.opening, begin):
-            return begin + len(self.template.opening), difference
-        start = self.template.opening.rstrip()
-        return begin + len(start) * text.startswith(start, begin), f"which do not go on as the prompt ends: {start!r}"
 
-    def _end(self, text, begin, view, turns):
-        """(where the last of these turns ends in the text, whether it is shown with less than it had as the last)."""
-        i = turns[-1]
-        message = view.messages[i]
-        content = (message.get("content") or "").strip()
-        if content and not any(message.get(field) for field in ("tool_calls", *THOUGHTS)):
-            place = SPACE.match(text, begin).end()
-            end = self.template.end_token(text, place + len(content)) if text.startswith(content, place) else None
-            if end:
-                return end, False
-        whole, start = text, begin  # the turn as the last one
-        if i < len(view.messages) - 1:
-            whole, _ = self.template.render(view.until(i + 1))
-            start, _ = self._begin(whole, self._heads(whole), None, view.until(i + 1), turns)
-        body = self.template.without_tail(whole[start:])
-        shown = _squeeze(whole[start - len(self.template.opening) : start] + body)
-        for field in ("content", *THOUGHTS):
-            if _squeeze(message.get(field) or "") not in shown:
-                hint = "put thoughts into the content, or " if field in THOUGHTS else ""
-                raise ValueError(f"the chat template leaves out messages[{i}].{field}: {hint}choose a --chat_template")
-        last_part = self.controls.pattern.split(body)[-1]  # behind its last control string
-        for match in self.controls.pattern.finditer(text, begin):
-            said = text[begin : match.start()].rstrip()
-            is_it = said == body or (whole is not text and _is_shortened(said, body, last_part))
-            end = self.template.end_token(text, match.start()) if is_it else None
-            if end:
-                return end, said != body
-        if whole is text:
-            raise ValueError(f"{NO_END} (it ends with {text[-12:]!r}): {WHY_END}")
-        raise ValueError(
-            f"the chat template renders messages[{i}] differently once another follows, so the trained tokens cannot "
-            "be told apart: choose a --chat_template, or --train_turns last"
-        )
+def _calls_of(message):
+    return message.get("tool_calls") or message.get("function_calls")
 
-    def _narrow(self, text, begin, end, marks):
-        """The parts of a turn that the template marks, if it marks any turns; the last has to have the end token."""
-        if marks is None:
-            return [(begin, end)]
-        parts = [(max(begin, a), min(end, b)) for a, b in marks if a < end and b > begin]
-        if parts and parts[-1][1] < end:
-            raise ValueError(f"{NO_END} (it marks {text[begin : parts[-1][1]][-12:]!r}): {WHY_END}")
-        return parts
 
-    def _notes(self, view):
-        """What the account of a data set has to say of a conversation, beside its mask."""
-        notes = set()
-        if view.met["content"] | view.met["answers"]:
-            notes.add("with control strings in content, kept as text")
-        if view.met["answers"] - self.controls.special:
-            some = " ".join(sorted(view.met["answers"] - self.controls.special)[:4])
-            notes.add(f"with {some} in answers, kept as text: --content_tokens {some} makes them tokens")
-        speakers = [message for message in view.messages if message["role"] not in ("tool", "function", "environment")]
-        if "names" in self.template.dropped and any(message.get("name") for message in speakers):
-            notes.add("with names of speakers, which the template does not show")
-        unknown = [option for option in view.options if option not in self.template.fields]
-        if unknown:
-            notes.add(f"with chat_template_kwargs that the template does not read: {', '.join(unknown)}")
-        return notes
+def parse_tools(row, field="tools"):
+    """The `tools` of a row: a list of JSON schemas, one schema, either as JSON text, or None. Raises ValueError.
+
+    Without `tools`, a row's `functions` (OpenAI's older form) are read.
+    """
+    tools = row.get(field)
+    if isinstance(tools, str) and tools.strip():
+        tools = _parse_json(tools, field)
+    if isinstance(tools, dict):
+        tools = [tools]
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"{field} is {_kind(tools)}, expected a list of JSON schemas")
+    strange = [_kind(tool) for tool in tools or [] if not isinstance(tool, dict)]
+    if strange:
+        raise ValueError(f"{field} holds {strange[0]}, expected a list of JSON schemas")
+    if not tools and field == "tools" and row.get("functions"):
+        functions = parse_tools(row, "functions") or []
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in functions] or None
+    return tools or None
+
+
+RESERVED = ("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+            "continue_final_message", "return_assistant_tokens_mask")  # fmt: skip
+
+
+def read_options(row):
+    """A row's `chat_template_kwargs`, variables for its template: a dict, from an object or JSON. Raises ValueError."""
+    options = row.get("chat_template_kwargs") or {}
+    if isinstance(options, str):
+        options = _parse_json(options, "chat_template_kwargs")
+    if not isinstance(options, dict):
+        raise ValueError(f"chat_template_kwargs is {_kind(options)}, expected an object")
+    for name in options:
+        if name in RESERVED or name.endswith(("_token", "_tokens")):
+            raise ValueError(f"chat_template_kwargs.{name} is not for a row to set")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _parse_json(text, field):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{field}, column {error.colno}: not valid JSON: {error.msg}") from None
+
+
+def _kind(value):
+    names = {type(None): "null", str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
+    return names.get(type(value), "a number")
 
 
 def start_date(out):

@@ -230,7 +230,7 @@ def test_arguments_as_text_are_read_once(chat):
     """The same tokens as for the object; text for a template that adds it to text; what is no JSON is left out."""
     wants_text = with_template(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
-        "{{ 'CALL ' + c.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}" + PROMPT
+        "{{ c.function.name + c.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}" + PROMPT
     )
     for given in ({"city": "Rome"}, '{"city": "Rome"}', '{"city":"Rome"}'):
         messages = [user("a"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": given}}])]
@@ -249,7 +249,7 @@ def test_weight_and_train_take_a_turn_out(chat):
         ids, trained, notes = chat.encode_and_note(messages)
         assert decoded(chat, ids) == decoded(chat, chat.encode([user("a"), assistant("wrong"), *messages[2:]])[0])
         assert decoded(chat, np.array(ids)[trained].tolist()) == "right<|im_end|>"
-        assert notes == ["with answers that `weight` or `train` takes out of the training"]
+        assert notes == ["with answers that are shown and not trained on (`weight` 0, `train` false, in a `prompt`)"]
     for switch in ({"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"train": 2}):
         with pytest.raises(ValueError, match=rf"messages\[1\].{next(iter(switch))} is .*expected 0 or 1"):
             common.check_messages([user("a"), assistant("b", **switch)])
@@ -419,3 +419,171 @@ def test_the_cache_knows_the_source_of_the_encoders_own_module(chat, tmp_path, m
         source.write_text(text)
         load_rows([path], Forked(chat, 10**6, 100, "truncate"))
         assert len(encoded) == expected
+
+
+# ------------------------------------------------------- what was lost in silence once, found by trying to make it so
+
+
+def call(name, given, i=1):
+    return {"id": f"call{i:05d}", "type": "function", "function": {"name": name, "arguments": given}}
+
+
+def schema(*names):
+    properties = {name: {"type": "string", "description": "x"} for name in names}
+    parameters = {"type": "object", "properties": properties}
+    return [{"type": "function", "function": {"name": "f", "description": "A function.", "parameters": parameters}}]
+
+
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+CALLING = TURN.replace("{{ m.content }}", "{{ m.content or '' }}" + CALLS)
+
+
+def test_shielding_changes_no_order():
+    """Gemma 4 sorts its parameters; `n` is a part of its control strings. Where names are compared, it is refused."""
+    chat = chat_of("gemma-4")
+    for names in (("n", "z"), ("to", "id", "a"), ("s", "turn", "tool")):
+        ids = chat.prompt([user("q")], schema(*names))
+        kwargs = {"tools": schema(*names), "add_generation_prompt": True, "return_dict": False}
+        assert ids == chat.tokenizer.apply_chat_template([user("q")], **kwargs)
+    compares = with_template(CALLING.replace("{{ c.function.name }}", "{{ 'X' if c.function.name == 'im' else 'Y' }}im") + PROMPT)
+    with pytest.raises(ValueError, match="sorts or compares text"):
+        compares.encode([user("q"), assistant("", tool_calls=[call("im", {"city": "Rome"})])])
+
+
+def test_each_call_of_a_turn_has_to_be_shown():
+    """Of several calls, beside text, in a later turn: a call that the template leaves out is an error."""
+    two = assistant("", tool_calls=[call("f", {"city": "Oslo"}), call("f", {"city": "Rome"}, 2)])
+    beside = assistant("Let me look.", tool_calls=[call("f", {"city": "Oslo"})])
+    first = with_template(CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]") + PROMPT)
+    either = with_template(TURN.replace("{{ m.content }}", "{% if m.content %}{{ m.content }}{% else %}" + CALLS + "{% endif %}") + PROMPT)
+    oss, r1 = chat_of("gpt-oss"), chat_of("deepseek-r1")
+    for chat, message, tools in ((first, two, None), (either, beside, None), (oss, two, schema("city")), (r1, beside, None)):
+        with pytest.raises(ValueError, match=r"leaves out a call of messages\[1\]"):
+            chat.encode([user("Weather?"), message], tools)
+    everything = with_template(CALLING + PROMPT)
+    odd = {"city": 'O"slo\nR\u00f6me', "n": 3, "list": [{"x": "y z"}]}
+    ids, trained = everything.encode([user("Weather?"), assistant("", tool_calls=[call("f", odd)])])
+    assert "O\\\"slo\\nR\u00f6me" in decoded(everything, np.array(ids)[trained].tolist())
+
+
+def test_a_thought_is_not_taken_for_a_part_of_the_answer(chat):
+    """The thought "5" stands in "It is 5." and is lost all the same."""
+    with pytest.raises(ValueError, match=r"leaves out messages\[1\].reasoning_content"):
+        chat.encode([user("2 + 3?"), assistant("It is 5.", reasoning_content="5")])
+
+
+def test_a_prompt_that_depends_on_what_is_said():
+    """SmolLM3's prompt holds an empty thought after /no_think: it is not the model's to write."""
+    chat = chat_of("smollm3")
+    messages = [{"role": "system", "content": "/no_think"}, user("What is 2 + 3?"), assistant("It is five.")]
+    ids, trained, notes = chat.encode_and_note(messages)
+    prompt = chat.prompt(messages[:2])
+    assert ids[: len(prompt)] == prompt and not notes
+    assert decoded(chat, np.array(ids)[trained].tolist()) == "It is five.<|im_end|>"
+
+
+def test_a_thought_that_ends_with_the_answer():
+    """In messages of their own, both with an end token, as Harmony has them: both are trained, in every turn."""
+    message = "{{ '<|im_start|>assistant:' + kind + '\\n' + text + '<|im_end|>' }}"
+    chat = with_template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking %}"
+        + message.replace("kind", "'think'").replace("text", "m.thinking") + "{% endif %}"
+        + message.replace("kind", "'say'").replace("text", "m.content")
+        + "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )  # fmt: skip
+    turn = assistant("It is 5.", thinking="Two and three. So: It is 5.")
+    ids, trained, notes = chat.encode_and_note([user("a"), turn, user("b"), assistant("No.")])
+    both = "think\nTwo and three. So: It is 5.<|im_end|><|im_start|>assistant:say\nIt is 5.<|im_end|>"
+    assert decoded(chat, np.array(ids)[trained].tolist()) == both + "say\nNo.<|im_end|>" and not notes
+
+
+def test_functions_reach_a_template_that_only_prints_the_word(chat):
+    """gpt-oss has "functions" as text in its template, not as a field: they are tools there. Calls may be a list."""
+    oss, tools = chat_of("gpt-oss"), schema("city")
+    messages = [{"role": "system", "content": "Be brief.", "functions": json.dumps(tools)}, user("Weather?")]
+    assert oss.prompt(messages) == oss.prompt([{"role": "system", "content": "Be brief."}, user("Weather?")], tools)
+    calls = [call("f", {"city": "Rome"})]
+    expected = chat.encode([user("a"), assistant("", tool_calls=calls)])[0]
+    assert chat.encode([user("a"), {"role": "assistant", "content": None, "function_calls": calls}])[0] == expected
+    with pytest.raises(ValueError, match="function_calls is not lines of calls"):
+        chat.encode([user("a"), assistant("x", function_calls={"f": 1})])
+
+
+def test_arguments_that_a_template_prints_are_json():
+    """Not Python's own form of a dict, which nobody meant."""
+    chat = with_template(CALLING.replace("c.function.arguments | tojson", "c.function.arguments") + PROMPT)
+    messages = [user("a"), assistant("", tool_calls=[call("f", '{"city": "Rome"}')])]
+    assert chat.encode(messages)[0] == chat.tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def test_tools_are_looked_for_with_and_without_a_system_message():
+    """A template that shows them in one of the two places is trusted there, and only there."""
+    system = {"role": "system", "content": "Be brief."}
+    for condition, shown, lost in (("!=", TALK, [system, *TALK]), ("==", [system, *TALK], TALK)):
+        chat = with_template("{% if messages[0].role " + condition + " 'system' and tools %}{{ tools | tojson }}{% endif %}" + TURN + PROMPT)
+        tools = [{"type": "function", "function": {"name": "f", "description": "A function."}}]
+        assert "A function." in decoded(chat, chat.encode(shown, tools)[0])
+        with pytest.raises(ValueError, match="leaves out tools"):
+            chat.encode(lost, tools)
+
+
+def test_a_rows_variables_are_content(chat):
+    """Control strings in them stay text; names that are transformers' own are refused."""
+    custom = with_template("{{ custom }}" + TURN + PROMPT)
+    ids, _, notes = custom.encode_and_note(TALK, options={"custom": "say <|im_end|> now"})
+    plain = custom.encode(TALK, options={"custom": "say nothing now"})[0]
+    end = custom.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == plain.count(end) and "with control strings in content, kept as text" in notes
+    for name in ("continue_final_message", "bos_token", "return_assistant_tokens_mask", "tools"):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs.{name} is not for a row to set"):
+            common.read_options({"chat_template_kwargs": {name: 1}})
+
+
+def test_other_forms_of_rows(chat):
+    """Answers in a `prompt` are not trained on; a `system` column; conversations as JSON text wherever they may be."""
+    encode = SftEncoder(chat, 10**6, 200, "truncate")
+    row = encode({"prompt": [user("a"), assistant("earlier"), user("b")], "completion": [assistant("later")]})
+    assert decoded(chat, np.array(row["input_ids"])[row["trained"]].tolist()) == "later<|im_end|>"
+    row = encode({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "role": None}], "system": "Be brief."})
+    expected = encode({"messages": [{"role": "system", "content": "Be brief."}, user("a"), assistant("b")]})
+    assert row["input_ids"] == expected["input_ids"]
+    pairs = PairEncoder(chat, 10**6, 200, "truncate")
+    good, bad = [assistant("good")], [assistant("bad")]
+    given = pairs({"prompt": json.dumps([user("a")]), "chosen": json.dumps(good), "rejected": json.dumps(bad)})
+    assert given["input_ids"] == pairs({"prompt": "a", "chosen": "good", "rejected": "bad"})["input_ids"]
+    literal = pairs({"prompt": '[{"a": 1}]', "chosen": "x", "rejected": "y"})  # a question about JSON
+    assert '[{"a": 1}]' in decoded(chat, literal["input_ids"])
+
+
+def test_no_bad_row_ends_a_run(chat, tmp_path):
+    """Whatever is wrong with it: left out and counted, with the field."""
+    bad = {
+        "reasoning is an object": {"messages": [user("a"), assistant("b", reasoning={"effort": "high"})]},
+        "thinking is a boolean": {"messages": [user("a"), assistant("b", thinking=True)]},
+        "images is not empty": {"messages": [{**user("a"), "images": ["x.png"]}, assistant("b")]},
+        r"role is \['gpt'\]": {"conversations": [{"from": "human", "value": "a"}, {"from": ["gpt"], "value": "b"}]},
+        "takes all out": {"messages": [user("a"), assistant("b", weight=0)]},
+        "functions is a number": {"messages": TALK, "functions": 5},
+    }
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TALK, "functions": "[]"}, *bad.values()])
+    rows = load_rows([path], SftEncoder(chat, 10**6, 100, "truncate"), max_skip_frac=1.0)
+    assert len(rows) == 1
+    for i, message in enumerate(bad, start=2):
+        assert any(re.search(f"1 skipped: .*{message}.*row {i}", line) for line in rows.report), message
+    table = datasets.Dataset.from_list([{"prompt": "a", "dataset": "exact", "ground_truth": b"x"}])
+    table.to_parquet(str(tmp_path / "bytes.parquet"))
+    with pytest.raises(DataError, match="row 1: dataset, ground_truth or weights: .*bytes"):
+        load_rows([str(tmp_path / "bytes.parquet")], PromptEncoder(chat, 10**6, 100, "drop"))
+
+
+def test_a_block_that_marks_less_than_the_turn_is_noted():
+    """`{% generation %}` around the last answer only, and around all but the thoughts."""
+    marks = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    turn = TURN.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}{{ m.thinking or '' }}" + marks
+                        + "{% else %}{{ m.content }}<|im_end|>{% endif %}")  # fmt: skip
+    chat = with_template(turn + PROMPT)
+    assert chat.encode_and_note(TALK)[2] == []
+    ids, trained, notes = chat.encode_and_note([user("a"), assistant("b", thinking="because\n")])
+    assert decoded(chat, np.array(ids)[trained].tolist()) == "b<|im_end|>"
+    assert notes == ["with parts of answers that the template's {% generation %} leaves out"]

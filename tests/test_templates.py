@@ -5,7 +5,10 @@ table: `python tests/test_templates.py` writes it, and a slow test finds it unch
 """
 
 import importlib.util
+import itertools
 import json
+import random
+import re
 import sys
 import tempfile
 from functools import lru_cache
@@ -16,7 +19,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from conftest import SHARED, shared  # noqa: E402
+from conftest import SHARED, shared, tokenizer_folder  # noqa: E402
 
 import common  # noqa: E402
 
@@ -89,6 +92,10 @@ def check(chat, name, conversations):
             opening = squeeze(chat.template.opening)
             for text in (message.get("content"), message.get("reasoning_content"), message.get("thinking")):
                 assert squeeze(text or "").removeprefix(opening) in said or squeeze(text) in said
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            cities = re.findall("Rome|Oslo", json.dumps(function["arguments"]))
+            assert function["name"] in said and all(city in said for city in cities)
         for other in messages:  # and nobody else's text
             if other["role"] in ("user", "system"):
                 assert squeeze(other["content"]) not in said
@@ -142,13 +149,103 @@ def test_no_control_token_comes_from_content(name):
     """Control strings in questions and answers stay text: the control ids are those of a harmless conversation."""
     chat = chat_of(name)
     tools = chat.template.plain[1]
-    controls = {i for i in map(chat.tokenizer.convert_tokens_to_ids, chat.controls.all)}
+    controls = set(map(chat.tokenizer.convert_tokens_to_ids, chat.controls.all))
     found = []
     for text in (" ".join(sorted(chat.controls.all)), "harmless"):
         messages = [{"role": "user", "content": f"a {text} b"}, {"role": "assistant", "content": f"c {text} d"}]
         ids = chat.prompt(messages[:1], tools) if chat.untrainable else chat.encode(messages, tools)[0]
         found.append([i for i in ids if i in controls])
     assert found[0] == found[1]
+
+
+# ------------------------------------------------------------------------------------------------- against an oracle
+
+HEADERS = {  # how a turn of the assistant is written, marked: what is between the marks is what the model has to write
+    "chatml": "<|im_start|>assistant\n«THOUGHT{{ m.content }}CALLS<|im_end|>»\n",
+    "plain header": "<|assistant|>\n«THOUGHT{{ m.content }}CALLS</s>»\n",
+    "no control string but the end": "### Response:\n«THOUGHT{{ m.content }}CALLS</s>»\n\n",
+    "trimmed": "ASSISTANT:« THOUGHT{{ m.content | trim }}CALLS</s>»",
+    "no header": "«THOUGHT{{ m.content }}CALLS</s>»",
+}
+OTHERS = {
+    "chatml": "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+    "plain header": "<|{{ m.role }}|>\n{{ m.content }}</s>\n",
+    "no control string but the end": "### {{ m.role }}:\n{{ m.content }}\n\n",
+    "trimmed": "{{ m.role | upper }}: {{ m.content | trim }} ",
+    "no header": "[INST]{{ m.content }}[/INST]",
+}
+THOUGHT = {
+    "always": "{% if m.thinking %}T: {{ m.thinking }}\n{% endif %}",
+    "only in the last turn": "{% if m.thinking and loop.last %}T: {{ m.thinking }}\n{% endif %}",
+}
+CALLS = "{% for c in m.tool_calls or [] %}CALL {{ c.function | tojson }}{% endfor %}"
+# Texts that look like pieces of these templates, of each other, and of control strings.
+ATOMS = ["a", "b", "aa", "ab", "<", ">", "a\n", "\na", " a ", "### Response:\n", "<|assistant|>\n", "<|assistant|>\na",
+         "ASSISTANT:", "ASSISTANT: a", "T: a", "T: ", "a</s>", "</s>", "<|im_start|>assistant\n", "[/INST]", "[INST]a", "CALL",
+         "é", "😀", "5", " </think>", "<think>a", "{", "a.", "\n\n", "<|im_end|>", "assistant", "im_end"]  # fmt: skip
+
+
+def hostile_conversation(rng):
+    """Several turns of such texts, with thoughts and calls."""
+
+    def text():
+        said = "".join(rng.choice(ATOMS) for _ in range(rng.choice([1, 1, 1, 2, 3])))
+        return said if said.strip() else "a"
+
+    messages = []
+    if rng.random() < 0.3:
+        messages.append({"role": "system", "content": text()})
+    if rng.random() < 0.15:
+        messages.append({"role": "assistant", "content": text()})
+    for _ in range(rng.randrange(1, 4)):
+        messages.append({"role": "user", "content": text()})
+        answer = {"role": "assistant", "content": text()}
+        if rng.random() < 0.4:
+            answer["thinking"] = text()
+        if rng.random() < 0.3:
+            answer["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {"x": text()}}}]
+            messages += [answer, {"role": "tool", "content": text()}]
+            answer = {"role": "assistant", "content": text()}
+        messages.append(answer)
+    return messages
+
+
+def make(name, thought, marked, kind):
+    """The ChatFormat of such a template, with `{% generation %}` in place of the marks or without."""
+    turn = HEADERS[name].replace("THOUGHT", THOUGHT[thought]).replace("CALLS", CALLS)
+    header = turn[: turn.index("«")]
+    turn = turn.replace("«", "{% generation %}" if marked else "").replace("»", "{% endgeneration %}" if marked else "")
+    text = "{% for m in messages %}{% if m.role == 'assistant' %}" + turn + "{% else %}" + OTHERS[name] + "{% endif %}{% endfor %}"
+    tokenizer = common.load_tokenizer(tokenizer_folder(kind), "chatml")
+    # A line break behind a block would go with it: Jinja's trim_blocks.
+    tokenizer.chat_template = text.replace("%}\n", "%}{{ '\n' }}") + "{% if add_generation_prompt %}" + header + "{{ '' }}{% endif %}"
+    return common.ChatFormat(tokenizer)
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "unigram"])
+@pytest.mark.parametrize("thought", THOUGHT)
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_conversations_under_a_template_and_its_marked_twin(name, thought, kind, count):
+    """Without marks, the same ids and the same mask as the marks of the twin give; or the conversation is refused."""
+    plain, marked = make(name, thought, False, kind), make(name, thought, True, kind)
+    refused = 0
+    for seed in range(count):
+        messages = hostile_conversation(random.Random(seed))
+        try:
+            ids, trained = plain.encode(messages)
+        except ValueError as error:
+            assert reason(str(error)) in ("differs", "drops"), (seed, error)
+            refused += 1
+            continue
+        text, marks = marked.template.render(marked.template.view(messages))
+        cuts = [0, *(cut for span in marks for cut in span), len(text)]
+        expected, firsts, _ = marked.controls.encode([text[a:b] for a, b in itertools.pairwise(cuts)])
+        mask = np.zeros(len(expected), dtype=bool)
+        for start, end in zip(firsts[::2], firsts[1::2], strict=True):
+            mask[start:end] = True
+        assert ids == expected and trained.tolist() == mask.tolist(), seed
+    assert refused <= 0.2 * count
 
 
 def line(name):
