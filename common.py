@@ -569,10 +569,11 @@ class ChatFormat:
 
         It begins where its prompt ends. The prompt of a plain turn need not be rendered where headers are unmistakable:
         where there are as many as turns. Where a prompt is rendered differently later, the turn begins behind the first
-        header after `place`, the end of the turn before, if the header holds a control string: no content can.
+        header after `place`, the end of the turn before, if the header holds a control string: no content can. Without
+        a header, what stands behind the question is one.
         """
         i = turns[-1]
-        begin, difference = None, None
+        begin, difference, header = None, None, self.template.header
         is_last = not any(message["role"] == "assistant" for message in view.messages[i + 1 :])
         if len(heads) == sum(message["role"] == "assistant" for message in view.messages):
             begin = heads[len(turns) - 1]
@@ -585,8 +586,10 @@ class ChatFormat:
                 begin = len(prompt.removesuffix(self.template.opening))
             else:
                 difference = "with a prompt that is rendered differently once the answer follows"
-        if begin is None and place is not None and self.controls.pattern.search(self.template.header):
-            begin = next((head for head in heads if head > place), None)
+                question = (view.messages[i - 1].get("content") or "").strip()
+                header = header or prompt[max(0, prompt.rfind(question)) :]
+        if begin is None and place is not None and self.controls.pattern.search(header) and header in text[place:]:
+            begin = text.index(header, place) + len(header)
         if begin is None:
             raise ValueError(
                 f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "

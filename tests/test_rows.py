@@ -587,3 +587,11 @@ def test_a_block_that_marks_less_than_the_turn_is_noted():
     ids, trained, notes = chat.encode_and_note([user("a"), assistant("b", thinking="because\n")])
     assert decoded(chat, np.array(ids)[trained].tolist()) == "b<|im_end|>"
     assert notes == ["with parts of answers that the template's {% generation %} leaves out"]
+
+
+def test_tools_that_move_to_the_last_question():
+    """Mistral's templates show tools before the last question only, and write no header: each answer is found."""
+    chat, messages = chat_of("mistral-v3"), [user("q"), assistant("Hi."), user("w"), assistant("Sunny.")]
+    ids, trained, notes = chat.encode_and_note(messages, schema("city"))
+    assert decoded(chat, np.array(ids)[trained].tolist()) == "Hi.</s>Sunny.</s>"
+    assert notes == ["with a prompt that is rendered differently once the answer follows"]
