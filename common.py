@@ -587,8 +587,10 @@ class ChatFormat:
             else:
                 difference = "with a prompt that is rendered differently once the answer follows"
                 question = (view.messages[i - 1].get("content") or "").strip()
-                header = header or prompt[max(0, prompt.rfind(question)) :]
-        if begin is None and place is not None and self.controls.pattern.search(header) and header in text[place:]:
+                if header == "":
+                    header = prompt[max(0, prompt.rfind(question)) :]
+        is_safe = header and place is not None and self.controls.pattern.search(header)
+        if begin is None and is_safe and header in text[place:]:
             begin = text.index(header, place) + len(header)
         if begin is None:
             raise ValueError(
@@ -765,7 +767,8 @@ class ChatTemplate:
         controls: the ControlStrings.
         dropped: kinds of content that it leaves out without a word.
         wants_text, wants_content: whether arguments of tool calls have to be JSON text; whether calls need `content`.
-        header: what it writes before each answer, at the end of the generation prompt.
+        header: what it writes before each answer, at the end of the generation prompt: "" if nothing, None if an answer
+            does not begin as the prompt ends.
         opening: what it writes behind the header in the generation prompt, but not always in an answer (`<think>`).
         ends: the end tokens, which end an answer or a call; that of a last answer first.
         stops: these, and other special tokens behind a last answer.
@@ -903,7 +906,7 @@ class ChatTemplate:
     def _probe(self):
         """Finds out what the template does, by rendering small conversations."""
         self.wants_text, self.wants_content, self.dropped = False, False, set()
-        self.header, self.opening, self.ends = "", "", []
+        self.header, self.opening, self.ends = None, "", []
         question = {"role": "user", "content": "What is 2 + 3?\n\n(Briefly.)"}
         answer = {"role": "assistant", "content": "Certainly 5."}
         tools = None
