@@ -931,7 +931,7 @@ class ChatTemplate:
             raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
         self._find_turns(prompt, question, answer, tools)
         bos = self.tokenizer.bos_token
-        if bos and prompt.startswith(bos + bos) and bos not in self.header:  # there it begins messages, too
+        if bos and prompt.startswith(bos + bos) and bos not in (self.header or ""):  # there it begins messages, too
             raise RunError(f"the chat template begins with two {bos}")
         self.plain = [question, answer], tools
 
@@ -979,7 +979,7 @@ class ChatTemplate:
         first = [self.controls.pattern.match(text) for text in behind]
         if several and all(first):  # an earlier answer may have another end: one that ends questions, too
             end = first[0][0]
-            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in self.header:
+            if end == first[1][0] and end in self.controls.special - {*self.ends} and end not in (self.header or ""):
                 self.ends.append(end)
         of_calls = self._specials_at_end(self._try([question, PROBE_CALL], tools))
         if of_calls and not set(of_calls) & set(self.ends):
