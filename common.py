@@ -1043,6 +1043,7 @@ def parse_calls(text):
 
 # Unicode noncharacters: they mark positions in rendered text and can occur in no real text.
 BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+MARKS = re.compile(f"[{BREAK}{OPEN}{CLOSE}]")
 RARE = "°你\u200b\U0001f9ff\ue000"  # some tokenizers know no such characters, and have no token for the unknown
 
 
@@ -1123,7 +1124,7 @@ class ControlStrings:
             return [self.shield(v, key, allowed, edges) for v in value]
         if not isinstance(value, str):
             return value
-        if any(mark in value for mark in (BREAK, OPEN, CLOSE)):
+        if MARKS.search(value):
             raise ValueError("the text contains a Unicode noncharacter (U+FDD0 … U+FDD2)")
         text = value
         if self.pattern.search(value):
