@@ -539,7 +539,7 @@ class ChatFormat:
             elif is_wanted:
                 parts = self._narrow(text, begin, place, marks)
                 spans += parts
-                if sum(len(text[a:b].strip()) for a, b in parts) < len(text[begin:place].strip()):
+                if marks and sum(len(text[a:b].strip()) for a, b in parts) < len(text[begin:place].strip()):
                     notes.add("with parts of answers that the template's {% generation %} leaves out")
                 notes |= {difference} if difference else set()
                 notes |= {SHORTENED} if is_shortened else set()
@@ -1074,9 +1074,13 @@ class ControlStrings:
         alternatives = "|".join(re.escape(text) for text in longest_first) or "(?!)"  # (?!) matches nothing
         self.pattern = re.compile(alternatives)
         self.inside = re.compile(f"(?=({alternatives}))(.)", re.DOTALL)  # overlapping ones too, by first character
-        self.longest = max(map(len, controls), default=0)
         self.heads = {text[:i] for text in controls for i in range(1, len(text))}
         self.tails = {text[i:] for text in controls for i in range(1, len(text))}
+        self.head_lengths, self.tail_lengths = {}, {}  # of the heads that end with a character, of tails that begin so
+        for head in self.heads:
+            self.head_lengths.setdefault(head[-1], set()).add(len(head))
+        for tail in self.tails:
+            self.tail_lengths.setdefault(tail[0], set()).add(len(tail))
         self.parts = {text[i:j] for text in controls for j in range(1, len(text) + 1) for i in range(j)}
         self.seen = set()  # those that were met in content and stayed text
         self._make_encoder(added)
@@ -1130,12 +1134,14 @@ class ControlStrings:
         if self.pattern.search(value):
             text = self.inside.sub(lambda match: match[2] if match[1] in allowed else match[2] + BREAK, value)
             self.seen.update(match[1] for match in self.inside.finditer(value) if match[1] not in allowed)
-        core, lengths = text.strip(), range(1, min(self.longest, len(text) + 1))  # templates trim
+        core = text.strip()  # templates trim
         if not core or not edges or key == "type":
             return text
         before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
-        begin = BREAK if any(core[:n] in self.tails for n in lengths) else ""
-        end = BREAK if core in self.parts or any(core[-n:] in self.heads for n in lengths) else ""
+        joins_before = any(core[:n] in self.tails for n in self.tail_lengths.get(core[0], ()))
+        joins_behind = any(core[-n:] in self.heads for n in self.head_lengths.get(core[-1], ()))
+        begin = BREAK if joins_before else ""
+        end = BREAK if joins_behind or core in self.parts else ""
         return before + begin + core + end + after
 
     def encode(self, pieces):
@@ -1643,7 +1649,8 @@ def _encode_row(raw, index, row_numbers, encode):
     rest = [value for name, value in columns.items() if name not in ("input_ids", "trained")]
     digest = hashlib.blake2b(ids.tobytes() + mask.tobytes() + json.dumps(rest).encode(), digest_size=8).digest()
     measures = {"length": len(ids), "targets": int(mask[1:].sum()), "digest": int.from_bytes(digest, signed=True)}
-    return {**columns, **measures, "notes": notes, "skip": skip, "row": int(row_numbers[index])}
+    arrays = {"input_ids": ids, "trained": mask}  # written faster than lists
+    return {**columns, **arrays, **measures, "notes": notes, "skip": skip, "row": int(row_numbers[index])}
 
 
 def _decode_row(raw):
