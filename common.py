@@ -300,6 +300,11 @@ class Encoder:
         self.train_turns = train_turns
         self.key = json.dumps([type(self).__name__, chat.key, vocab_size, max_length, overlong, train_turns])
 
+    def check_ids(self, ids):
+        """Raises ValueError if the model's embedding has no row for one of the token ids."""
+        if max(ids) >= self.vocab_size:
+            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+
 
 class SftEncoder(Encoder):
     """Row {messages, tools?, chat_template_kwargs?} → one sequence, with the assistant's turns trained on.
@@ -390,6 +395,7 @@ class PromptEncoder(Encoder):
 
     def __call__(self, row):
         """Raises ValueError and Skip."""
+        refuse_media(row)
         messages = read_conversation(row, needs_answer=False)
         for field in ("dataset", "ground_truth"):
             if row.get(field) is None:
@@ -399,8 +405,7 @@ class PromptEncoder(Encoder):
         if not messages or messages[-1]["role"] in ("system", "developer", "assistant"):
             raise ValueError("messages has no question: a prompt ends with a user's or a tool's message")
         ids = self.chat.prompt(messages, parse_tools(row), read_options(row))
-        if max(ids) >= self.vocab_size:
-            raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+        self.check_ids(ids)
         if len(ids) > self.max_length:
             raise Skip(TOO_LONG)
         try:
@@ -415,16 +420,13 @@ def encode_conversation(encoder, messages, row, last_turn_only=False):
 
     Raises ValueError and Skip.
     """
-    for field in MEDIA:
-        if row.get(field):
-            raise ValueError(f"{field} is not empty, and only text can be trained on")
+    refuse_media(row)
     for message in messages:
         is_blank = not (message.get("content") or "").strip()
         if message["role"] == "assistant" and is_blank and not _calls_of(message):
             raise Skip("an assistant turn is empty")
     ids, mask, notes = encoder.chat.encode_and_note(messages, parse_tools(row), last_turn_only, read_options(row))
-    if max(ids) >= encoder.vocab_size:
-        raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {encoder.vocab_size}")
+    encoder.check_ids(ids)
     if not mask.any():
         raise Skip("no answer is trained on: `weight` or `train` takes all out")
     if len(ids) > encoder.max_length:
@@ -529,7 +531,7 @@ class ChatFormat:
             is_wanted = i == turns[-1] or not last_turn_only
             try:
                 begin, difference = self._begin(text, heads, place, view, turns[: k + 1])
-                place, is_shortened = self._end(text, begin, view, turns[: k + 1])
+                place, shortened = self._end(text, begin, view, turns[: k + 1])
             except ValueError:
                 if is_trained and is_wanted:
                     raise
@@ -541,8 +543,7 @@ class ChatFormat:
                 spans += parts
                 if marks and sum(len(text[a:b].strip()) for a, b in parts) < len(text[begin:place].strip()):
                     notes.add("with parts of answers that the template's {% generation %} leaves out")
-                notes |= {difference} if difference else set()
-                notes |= {SHORTENED} if is_shortened else set()
+                notes |= {difference, shortened} - {None}
         pieces = [text[a:b] for a, b in itertools.pairwise([0, *(cut for span in spans for cut in span), len(text)])]
         ids, firsts, crossings = self.controls.encode(pieces)
         trained = np.zeros(len(ids), dtype=bool)
@@ -574,11 +575,13 @@ class ChatFormat:
         """
         i = turns[-1]
         begin, difference, header = None, None, self.template.header
-        is_last = not any(message["role"] == "assistant" for message in view.messages[i + 1 :])
         if len(heads) == sum(message["role"] == "assistant" for message in view.messages):
             begin = heads[len(turns) - 1]
-        is_answer = view.is_plain and view.messages[i - 1]["role"] == "user"
-        if i > 0 and not (is_answer and self._says(text, begin, view.messages[i])):
+        is_known = False
+        if begin is not None and view.is_plain and view.messages[i - 1]["role"] == "user":
+            said = begin + len(self.template.opening) * text.startswith(self.template.opening, begin)
+            is_known = self._behind_content(text, said, view.messages[i]) is not None
+        if i > 0 and not is_known:
             prompt, _ = self.template.render(view.until(i), add_generation_prompt=True)
             if text.startswith(prompt):
                 return len(prompt), None
@@ -593,6 +596,7 @@ class ChatFormat:
         if begin is None and is_safe and header in text[place:]:
             begin = text.index(header, place) + len(header)
         if begin is None:
+            is_last = not any(message["role"] == "assistant" for message in view.messages[i + 1 :])
             raise ValueError(
                 f"the chat template renders the prompt of messages[{i}] differently once the answer follows, so the "
                 f"trained tokens cannot be told apart: choose a --chat_template{'' if is_last else LAST}"
@@ -603,23 +607,21 @@ class ChatFormat:
         begin += len(start) * text.startswith(start, begin)
         return begin, f"which do not go on as the prompt ends: {self.template.opening!r}"
 
-    def _says(self, text, begin, message):
-        """Whether the message's content follows here, behind the opening if there is one."""
-        if begin is None:
-            return False
-        begin += len(self.template.opening) * text.startswith(self.template.opening, begin)
-        return text.startswith((message.get("content") or "").strip(), SPACE.match(text, begin).end())
+    def _behind_content(self, text, begin, message):
+        """Where the message's content ends, if the text goes on with it here, white space aside; or None."""
+        content = (message.get("content") or "").strip()
+        place = SPACE.match(text, begin).end()
+        return place + len(content) if text.startswith(content, place) else None
 
     def _end(self, text, begin, view, turns):
-        """(where the last of these turns ends in the text, whether it is shown with less than it had as the last)."""
+        """Where the last of these turns ends in the text, and a note if it is shown with less than as the last."""
         i = turns[-1]
         message = view.messages[i]
-        content = (message.get("content") or "").strip()
-        if content and not any(message.get(field) for field in ("tool_calls", *THOUGHTS)):
-            place = SPACE.match(text, begin).end()
-            end = self.template.end_token(text, place + len(content)) if text.startswith(content, place) else None
-            if end:
-                return end, False
+        place = self._behind_content(text, begin, message)
+        is_all = message.get("content") and not any(message.get(field) for field in ("tool_calls", *THOUGHTS))
+        end = self.template.end_token(text, place) if is_all and place is not None else None
+        if end:
+            return end, None
         whole, start = text, begin  # the turn as the last one
         if i < len(view.messages) - 1:
             whole, _ = self.template.render(view.until(i + 1))
@@ -634,10 +636,10 @@ class ChatFormat:
                 ends.append((text[begin : match.start()].rstrip(), end))
         for said, end in ends:
             if said == body:
-                return end, False
+                return end, None
         for said, end in ends:
             if whole is not text and _is_shortened(said, body, last_part):
-                return end, True
+                return end, SHORTENED
         if whole is text:
             raise ValueError(f"{NO_END} (it ends with {text.replace(BREAK, '')[-12:]!r}): {WHY_END}")
         raise ValueError(
@@ -741,7 +743,7 @@ class View:
         messages, tools: with shielded text. options: variables for the template.
         is_plain: without thoughts, tools and options, which change how a template renders other messages.
         met: {"answers": set, "content": set}, the control strings that stay text, in answers and elsewhere.
-        raw: messages, tools and options before they were shielded.
+        raw: the same before it was shielded, or None if shielding has changed nothing.
     """
 
     messages: list
@@ -749,7 +751,7 @@ class View:
     options: dict
     is_plain: bool
     met: dict
-    raw: tuple
+    raw: "View | None" = None
 
     def until(self, i):
         """The first i messages of it."""
@@ -810,7 +812,6 @@ class ChatTemplate:
         messages = [self._adapt(message) for message in messages]
         if not tools and "functions" not in self.fields:
             tools = [tool for message in messages for tool in parse_tools(message, "functions") or []]
-        raw = (messages, tools or None, options or {})
         met = {"answers": set(), "content": set()}  # control strings that stay text
         shown = []
         for message in messages:
@@ -822,8 +823,10 @@ class ChatTemplate:
                     fields[name] = self.controls.shield(value, name, self.content_tokens if is_text else ())
             shown.append(fields)
         is_plain = not options and not tools and all(CHANGING.isdisjoint(message) for message in messages)
+        raw = View(messages, tools or None, options or {}, is_plain, met)
         self.controls.seen = met["content"]
-        return View(shown, *map(self.controls.shield, raw[1:]), is_plain, met, raw)
+        view = View(shown, self.controls.shield(raw.tools), self.controls.shield(raw.options), is_plain, met)
+        return view if view == raw else dataclasses.replace(view, raw=raw)
 
     def _adapt(self, message):
         """A message without nulls, with roles and fields that the template knows, and arguments as it wants them."""
@@ -878,10 +881,8 @@ class ChatTemplate:
                 dropped |= {f"messages[{i}] ({message['role']})"}
         if dropped:
             raise ValueError(f"the chat template leaves out {' and '.join(sorted(dropped))}: choose a --chat_template")
-        is_shielded = view.raw != (view.messages, view.tools, view.options)
-        if is_shielded and not any(view.met.values()):  # at edges only: nothing else may change by it
-            raw = dataclasses.replace(view, messages=view.raw[0], tools=view.raw[1], options=view.raw[2])
-            if self.render(raw, add_generation_prompt)[0] != text.replace(BREAK, ""):
+        if view.raw and not any(view.met.values()):  # at edges only: nothing else may change by it
+            if self.render(view.raw, add_generation_prompt)[0] != text.replace(BREAK, ""):
                 raise ValueError("the chat template sorts or compares text that is a part of a control string")
 
     def end_token(self, text, place):
@@ -1234,16 +1235,21 @@ def read_messages(value, field="messages", role=None):
     return value
 
 
-MEDIA = ("images", "image", "videos", "audio", "audios")
+
+def refuse_media(fields, at=""):
+    """Raises ValueError if a row or a message has more than text."""
+    for name in ("images", "image", "videos", "audio", "audios"):
+        if fields.get(name):
+            raise ValueError(f"{at}{name} is not empty, and only text can be trained on")
+
+
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 def _read_message(message, at):
     if not isinstance(message, dict):
         return message  # check_messages says so
-    for field in MEDIA:
-        if message.get(field):
-            raise ValueError(f"{at}.{field} is not empty, and only text can be trained on")
+    refuse_media(message, f"{at}.")
     if "from" in message and "value" in message and message.get("role") is None:
         named = {"role": SHAREGPT.get(str(message["from"]), message["from"]), "content": message["value"]}
         message = named | {name: message[name] for name in message if name not in ("from", "value", "role")}

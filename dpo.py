@@ -209,7 +209,7 @@ def main(args):
     if run.is_eval_due(0):
         run.log({"step": 0, **evaluate(args, policy, eval_rows, eval_ref_logprobs, device)})
 
-    for step in range(run.first_step, run.end_step):
+    for step in range(run.first_step, run.end_step):  # to the last, or to --stop_step
         run.begin(step)  # starts the clock, seeds what is random
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's pairs
 
@@ -244,7 +244,7 @@ def main(args):
         run.log(entry)
         run.save_if_due(step + 1, policy, optimizer)
 
-    run.finish(policy)
+    run.finish(policy)  # publishes OUT/model, but not at --stop_step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def main(args):
     def policy_logprobs(microbatch):
         return policy(microbatch, args.temperature)[0]  # (T,)
 
-    for step in range(run.first_step, run.end_step):
+    for step in range(run.first_step, run.end_step):  # to the last, or to --stop_step
         if rollouts.are_all_solved():
             break  # nothing is left to learn from: the run is finished
         run.begin(step)  # starts the clock, seeds what is random
@@ -417,7 +417,7 @@ def main(args):
 
     rollouts.close()
     export_value_model(value_args, value_model, chat)
-    run.finish(policy)
+    run.finish(policy)  # publishes OUT/model, but not at --stop_step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

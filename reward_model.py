@@ -199,7 +199,7 @@ def main(args):
     if run.is_eval_due(0):
         run.log({"step": 0, **evaluate(args, model, eval_rows, device)})
 
-    for step in range(run.first_step, run.end_step):
+    for step in range(run.first_step, run.end_step):  # to the last, or to --stop_step
         run.begin(step)  # starts the clock, seeds what is random
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's pairs
 
@@ -233,7 +233,7 @@ def main(args):
         run.log(entry)
         run.save_if_due(step + 1, model, optimizer)
 
-    run.finish(model)
+    run.finish(model)  # publishes OUT/model, but not at --stop_step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

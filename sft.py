@@ -151,7 +151,7 @@ def main(args):
     if run.is_eval_due(0):
         run.log({"step": 0, **evaluate(args, policy, eval_rows, device)})
 
-    for step in range(run.first_step, run.end_step):
+    for step in range(run.first_step, run.end_step):  # to the last, or to --stop_step
         run.begin(step)  # starts the clock, seeds what is random
         indices = common.stream(len(rows), args.seed, range(edges[step], edges[step + 1]))  # the batch's rows
         num_trained = int(rows.trained[indices].sum())  # Σ_t m_t, of all ranks and microbatches                 (1)
@@ -183,7 +183,7 @@ def main(args):
         run.log(entry)
         run.save_if_due(step + 1, policy, optimizer)
 
-    run.finish(policy)
+    run.finish(policy)  # publishes OUT/model, but not at --stop_step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -571,6 +571,8 @@ def test_no_bad_row_ends_a_run(chat, tmp_path):
     assert len(rows) == 1
     for i, message in enumerate(bad, start=2):
         assert any(re.search(f"1 skipped: .*{message}.*row {i}", line) for line in rows.report), message
+    with pytest.raises(ValueError, match="images is not empty"):
+        PromptEncoder(chat, 10**6, 100, "drop")({"prompt": "a", "dataset": "exact", "ground_truth": "x", "images": ["x.png"]})
     table = datasets.Dataset.from_list([{"prompt": "a", "dataset": "exact", "ground_truth": b"x"}])
     table.to_parquet(str(tmp_path / "bytes.parquet"))
     with pytest.raises(DataError, match="row 1: dataset, ground_truth or weights: .*bytes"):

@@ -3,20 +3,18 @@
 import json
 import re
 
-from common import Skip
+from common import SHAREGPT, Skip
 
 ROLES = {
+    **SHAREGPT,
     "system": "system",
-    "human": "user",
     "user": "user",
     "prompter": "user",
-    "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
-    "observation": "tool",
     "function_response": "tool",
     "tool": "tool",
 }
