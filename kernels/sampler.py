@@ -53,6 +53,7 @@ from kernels.slots import Slots
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass
 LOOK_EVERY = 16  # decode steps on CUDA between two looks of the host at what has finished
+LONGEST_WAIT = 18.3  # instead of an infinite one; see _exponential
 
 # Columns of Sampler.state, which has one row of int32 for each slot.
 POSITION = 0  # of the last token in `ids`: the one that is decoded next, and is not in the cache yet
@@ -74,6 +75,7 @@ class SamplingParams:
         find_end: ends a completion by more than its last token. Called at each look of the host with what was sampled
             so far, (T,) ids, and how many of these it had been called with before; returns after how many of them the
             completion ends, or None. It has to find the same end however often it is called.
+        max_staleness: with `enough` of Sampler.sample: a prompt that was begun so many steps ago is waited for.
 
     Raises:
         ValueError: a temperature below 0, or no tokens to sample.
@@ -84,6 +86,7 @@ class SamplingParams:
     temperature: float = 1.0
     seed: int = 0
     find_end: Callable | None = None
+    max_staleness: int | None = None
 
     def __post_init__(self):
         if self.temperature < 0 or self.max_new_tokens < 1:
@@ -97,6 +100,8 @@ class Completion:
     Attributes:
         step, index, sample: which one: sample number `sample` (from 0) of the prompt with the number `index` that the
             caller gave, asked for in `step`.
+        begun: the step in which its first token was sampled, and so the one whose weights are the oldest that any of
+            its tokens was sampled from; None before that.
         prompt_ids: (P,) int64. token_ids: (T,) int64, what was sampled, the end token included.
         logprobs: (T,) float32, log-probability of each sampled token when it was sampled, temperature included.
         ended: its last token is an end token, or the one after which find_end has found an end.
@@ -112,6 +117,7 @@ class Completion:
     logprobs: np.ndarray
     ended: bool = False
     done: bool = False
+    begun: int | None = None
 
 
 ARRAYS = ("prompt_ids", "token_ids", "logprobs")  # of a Completion
@@ -215,16 +221,18 @@ class Sampler:
 
         Args:
             prompts: token ids of each prompt. params: the SamplingParams.
-            step: a number for the noise; of an RL run, the optimizer step that asks.
+            step: a number for the noise of these prompts; of an RL run, the optimizer step that asks.
             indices: a number for each prompt, by default its place in the list; with several ranks, its place among
                 the prompts of all, so that no two have the same noise.
-            enough: return when this many prompts have all their completions. What is unfinished then is kept, and
-                continued by the next call, its first tokens prefilled again under the weights of then.
+            enough: return when this many prompts have all their completions, and those too that params.max_staleness
+                waits for. What is unfinished then is kept, and continued by the next call, its first tokens prefilled
+                again under the weights of then.
             stop: called between steps; if it returns true, so does this, early and as with `enough`.
 
         Returns:
             list of Completion, those of a prompt side by side, prompts in the order in which they were asked for. With
-            `enough` those of exactly so many prompts, kept ones included.
+            `enough` those of exactly so many prompts, kept ones included: of the finished ones those that were asked
+            for first. The other finished ones are kept too.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room within max_length or has unknown ids, the same
@@ -239,18 +247,23 @@ class Sampler:
             enough = len(self.groups)
 
         # What is to be done, in the order in which it was asked for, beginning with what is kept from earlier calls.
-        complete = {}  # keys of the groups that are all done, in the order in which they became so
+        self.step = int(step)
+        unfinished = {}  # key: how many completions are not done
         waiting = deque()  # Completions without a slot
+        late = set()  # keys of the prompts to wait for
         for key, group in self.groups.items():
-            waiting.extend(completion for completion in group if not completion.done)
-            if _all_done(group):
-                complete[key] = True
+            rest = [completion for completion in group if not completion.done]
+            waiting.extend(rest)
+            unfinished[key] = len(rest)
+            if rest and self._is_late(group, params):
+                late.add(key)
+        complete = {key for key, count in unfinished.items() if count == 0}
         self.state.zero_()
         self.newest = None, None  # the slots may hold keys and values of other weights
 
         is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
         bar = tqdm(total=len(waiting), desc="rollout", unit="seq", delay=10, leave=False, disable=not is_rank0)
-        while len(complete) < enough:
+        while len(complete) < enough or late:
             if stop is not None and stop():
                 break
             self._refill(waiting, params)
@@ -260,16 +273,17 @@ class Sampler:
             for completion in self._collect(only_done=True):
                 bar.update()
                 key = completion.step, completion.index
-                if _all_done(self.groups[key]):
-                    complete[key] = True
+                unfinished[key] -= 1
+                if unfinished[key] == 0:
+                    complete.add(key)
+                    late.discard(key)
         bar.close()
         self._collect(only_done=False)  # what is unfinished leaves its slot, and is kept in its group
 
-        returned = set(list(complete)[:enough])  # one step may have completed more
+        returned = [key for key in self.groups if key in complete][:enough]  # more may be complete
         completions = []
-        for key in list(self.groups):
-            if key in returned:
-                completions += self.groups.pop(key)
+        for key in returned:
+            completions += self.groups.pop(key)
         return completions
 
     def state_dict(self):
@@ -317,6 +331,11 @@ class Sampler:
             no_logprobs = np.zeros(0, dtype=np.float32)
             self.groups[step, index] = [Completion(step, index, i, ids, no_ids, no_logprobs) for i in range(n)]
 
+    def _is_late(self, group, params):
+        """Whether a prompt was begun at least max_staleness steps ago."""
+        begun = [completion.begun for completion in group if completion.begun is not None]
+        return params.max_staleness is not None and self.step - min(begun, default=self.step) >= params.max_staleness
+
     def _refill(self, waiting, params):
         """Gives free slots to sequences that wait; when none wait any more, closes the gaps instead."""
         free = [slot for slot, completion in enumerate(self.active) if completion is None]
@@ -346,6 +365,8 @@ class Sampler:
             elif slot != source:
                 sources.append(source)
                 targets.append(slot)
+            if completion.begun is None:
+                completion.begun = self.step
             self.active[slot] = completion
             entering.append((slot, completion))
         self._write(entering, params)
@@ -603,9 +624,18 @@ def _waiting_times(keys, positions, V):
     a = _mix(keys[:, 0] ^ _mix(positions))
     b = _mix(keys[:, 1] ^ a) | 1
     v = _mix(torch.arange(V, dtype=torch.int32, device=keys.device))
-    x = _mix((v ^ a[:, None]) * b[:, None])  # (n, V)
-    u = ((x & 0x7FFFFFFF) + 0.5) * 2**-31  # small ones finely spaced: they decide about rare tokens
-    return -torch.log1p(-u)
+    return _exponential(_mix((v ^ a[:, None]) * b[:, None]))
+
+
+def _exponential(x):
+    """Exponential numbers e of (3) from int32 hashes x, of which 31 bits count.
+
+    Small u are finely spaced, since they decide about rare tokens. Large ones are not: where 1 - u is below 2^-25, 3 in
+    10^8, u is 1 in float32 and e would be infinite, so that a token of probability 1 lost to any other. The numbers
+    beyond 25 log 2 = 17.3 that e stands for there have the mean 18.3.
+    """
+    u = ((x & 0x7FFFFFFF) + 0.5) * 2**-31
+    return (-torch.log1p(-u)).clamp(max=LONGEST_WAIT)
 
 
 def _mix(x):
@@ -625,11 +655,6 @@ def _keys(seed, completion):
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-
-
-def _all_done(group):
-    """Whether nothing of a prompt's completions is left to sample."""
-    return all(completion.done for completion in group)
 
 
 def _take(free, preferred):

@@ -214,6 +214,30 @@ def test_noise_is_exponential_and_depends_on_every_integer():
     assert correlation.abs().max() < 5 / math.sqrt(100_000)
 
 
+def test_waiting_times_of_all_hashes_are_finite():
+    """At both ends of the 31 bits that count, whatever the sign, against float64."""
+    ends = [0, 1, 2, 3, *range(2**31 - 130, 2**31)]
+    x = torch.tensor(ends, dtype=torch.int64)
+    e = kernels.sampler._exponential(torch.cat([x, x - 2**31]).to(torch.int32))  # with the sign bit, and without
+    assert torch.equal(e[: len(ends)], e[len(ends) :]) and e.isfinite().all() and e.min() > 0
+    exact = -((2.0**31 - 0.5 - x.double()) / 2**31).log()
+    torch.testing.assert_close(e[:4].double(), exact[:4], rtol=1e-6, atol=0)
+    large, rounded = e[4 : len(ends) - 64], e[-64:]
+    assert (large.diff() > -1e-5).all() and ((large.double() - exact[4:-64]).abs() < 0.7).all()  # steps of 2^-24 in u
+    assert (rounded == kernels.sampler.LONGEST_WAIT).all() and large.max() < kernels.sampler.LONGEST_WAIT
+    assert abs(exact[-64:].mean() - kernels.sampler.LONGEST_WAIT) < 0.1
+
+
+@pytest.mark.parametrize("rare", [-60.0, -200.0])
+def test_a_certain_token_is_drawn_at_every_hash(rare):
+    """These keys give token 0 one of the 64 hashes whose uniform number float32 rounds to 1."""
+    keys, position = torch.tensor([[16858922, 12345]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    assert kernels.sampler._waiting_times(keys, position, 2)[0, 0] == kernels.sampler.LONGEST_WAIT
+    for logits in ([0.0, rare], [rare, 0.0]):
+        token, logprob = kernels.sampler._draw(torch.tensor([logits]), keys, position, 1.0, None)
+        assert logits[int(token)] == 0 and logprob == 0
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_frequencies(llama, temperature):
     """Chi-square of 10,000 first and second tokens against exact probabilities; fixed seed, threshold at p = 1e-4."""
@@ -376,6 +400,45 @@ def test_errors_name_the_cause(llama):
         make_sampler(broken).sample([[3]], SamplingParams(max_new_tokens=4))
 
 
+@pytest.mark.parametrize("shape", ["samples", "prompts", "kept"])
+def test_the_hosts_work_is_linear(llama, monkeypatch, shape):
+    """Of one prompt with many samples, of many prompts, and of many that are kept: twice as many, twice the work."""
+    counts, amounts = [], (400, 800)
+
+    class Counted(kernels.sampler.Completion):
+        @property
+        def done(self):
+            reads.append(1)
+            return self._done
+
+        @done.setter
+        def done(self, value):
+            self._done = value
+
+    class Groups(dict):
+        def __iter__(self):
+            reads.extend([1] * len(self))
+            return super().__iter__()
+
+        def items(self):
+            reads.extend([1] * len(self))
+            return super().items()
+
+    monkeypatch.setattr(kernels.sampler, "Completion", Counted)
+    for amount in amounts:
+        reads = []
+        sampler = make_sampler(llama, 64, eos_ids=[])
+        sampler.groups = Groups()
+        prompts, n = (make_prompts([3]), amount) if shape == "samples" else (make_prompts([3] * amount), 1)
+        params = SamplingParams(n=n, max_new_tokens=2)
+        done = sampler.sample(prompts, params, enough=amount // 2 if shape == "kept" else None)
+        if shape == "kept":
+            done += sampler.sample([], params)
+        assert len(done) == amount
+        counts.append(len(reads))
+    assert counts[0] >= amounts[0] and counts[1] < 2.2 * counts[0], counts
+
+
 def test_prompts_are_prefilled_once(llama, monkeypatch):
     """Eight samples of each of five prompts through three slots: every prompt's tokens but the last pass once."""
     sampler, seen = make_sampler(llama, 3), []
@@ -401,6 +464,44 @@ def test_enough_keeps_the_rest_and_goes_on(llama):
         assert len(got) == 6 and len({c.index for c in got}) == 2 and all(c.done for c in got)
         collected += got
     assert tokens(collected) == expected and not sampler.groups
+
+
+def test_begun_is_the_step_whose_weights_sampled_the_first_token(llama):
+    """Not the step that asked: prompts that have waited for a slot are begun when they get one."""
+    sampler, params = make_sampler(llama, 4, eos_ids=[]), SamplingParams(n=2, max_new_tokens=6)
+    first = sampler.sample(make_prompts([4] * 6), params, step=7, enough=2)  # four slots: two prompts, all at once
+    assert {(c.step, c.begun) for c in first} == {(7, 7)}
+    assert {c.begun for group in sampler.groups.values() for c in group} == {None}
+    restored = make_sampler(llama, 4, eos_ids=[])
+    restored.load_state_dict(sampler.state_dict())
+    for each in (sampler, restored):
+        assert {(c.step, c.begun) for c in each.sample([], params, step=9, enough=2)} == {(7, 9)}
+        *rest, last = each.sample(make_prompts([5]), params, step=10, indices=[6], enough=2), each.sample([], params, step=11)
+        assert {(c.step, c.begun) for c in rest[0]} == {(7, 10)} and {(c.step, c.begun) for c in last} == {(10, 11)}
+
+
+def test_max_staleness_waits_for_what_was_begun_and_not_for_what_was_queued(llama):
+    """A long completion, begun in step 0, is waited for in step 2 and not before; the queue behind it never is."""
+    ends = lambda ids, seen: 1 if ids[0] != long.token_ids[0] else None  # noqa: E731 (all but one have one token)
+    prompts = make_prompts([4, 9, 5, 6, 7, 3, 8, 2, 10, 11])
+    whole = SamplingParams(max_new_tokens=30)
+    long, *others = make_sampler(llama, 4, eos_ids=[]).sample(prompts, whole)
+    assert all(c.token_ids[0] != long.token_ids[0] for c in others)  # of these weights and prompts
+    params = SamplingParams(max_new_tokens=30, max_staleness=2, find_end=ends)
+    sampler, found, queued = make_sampler(llama, 2, eos_ids=[]), [], []
+    for step in range(4):
+        found.append({c.index for c in sampler.sample(prompts if step == 0 else [], params, step=step, enough=2)})
+        queued.append([c for group in sampler.groups.values() for c in group if c.begun is None])
+    assert 0 not in found[0] | found[1] and 0 in found[2] and all(len(indices) == 2 for indices in found)
+    assert queued[0]  # asked for in step 0 and not begun in it
+    late = SamplingParams(max_new_tokens=30, find_end=ends)
+    sampler = make_sampler(llama, 2, eos_ids=[])
+    without = [{c.index for c in sampler.sample(prompts if step == 0 else [], late, step=step, enough=2)} for step in range(4)]
+    assert 0 not in set().union(*without)
+    sampler = make_sampler(llama, 1, eos_ids=[])
+    for step in (0, 2, 4):  # one slot: the others have waited for it since step 0, and go on waiting
+        sampler.sample(prompts[:5] if step == 0 else [], SamplingParams(max_new_tokens=5, max_staleness=2), step=step, enough=1)
+    assert [c.begun for group in sampler.groups.values() for c in group] == [None, None]
 
 
 def test_kept_sequences_continue_under_new_weights(llama):
