@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -292,6 +293,7 @@ class Worker:
             stdout=subprocess.DEVNULL,
             env=environment,
             pass_fds=[theirs.fileno()],
+            process_group=0,  # one of its own: Ctrl-C is for the caller, whose end ends it
         )
         theirs.close()
 
@@ -398,6 +400,7 @@ def supervise(arguments: str, control: str, caller: str):
         caller: process id of the caller.
     """
     die_with(int(caller))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also if it is sent to every process
     _, modules, level = json.loads(arguments)
     verifiers.SANDBOX = level
     logging.disable()  # hostile formulas cause many warnings

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -416,6 +417,44 @@ pool.score([("hangs", "hang", "")] * 100)
     wait_for_end(pids)
 
 
+@pytest.mark.parametrize("moment", ["starting", "judging"])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_caller_and_print_nothing(end, moment):
+    """Ctrl-C is for the caller's process group, SIGKILL for the caller: nobody is left, and all that is said is the
+    caller's own traceback. SIGINT for each worker by itself does nothing."""
+    code = f"""
+import sys; sys.path[:0] = {sys.path!r}
+import lawless; from rewards import Pool
+pool = Pool(2)
+print(*[worker.process.pid for worker in pool.workers], flush=True)
+if {moment == "judging"}:
+    pool.score([("hangs", "", "")] * 4)
+    print(*[worker.pid for worker in pool.workers if worker.connection], flush=True)
+    pool.score([("hangs", "hang", "")] * 100)
+sys.stdin.read()
+"""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    caller = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **options)
+    supervisors = [int(pid) for pid in caller.stdout.readline().split()]
+    children = []
+    if moment == "starting":
+        time.sleep(0.15)  # they import
+    if moment == "judging":
+        children = [int(pid) for pid in caller.stdout.readline().split()]
+        assert children
+        for pid in supervisors + children:
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert all(map(alive, supervisors))  # a child may have come to its deadline
+    (os.killpg if end == signal.SIGINT else os.kill)(caller.pid, end)
+    caller.wait(10)
+    wait_for_end(supervisors + children, 3 if moment == "judging" else 20)  # those that start look when they have
+    stderr = caller.communicate()[1]
+    tracebacks = 1 if end == signal.SIGINT else 0
+    assert (stderr.count("Traceback"), stderr.count("KeyboardInterrupt")) == (tracebacks, tracebacks), stderr
+    assert "supervise" not in stderr and "rewards import pool" not in stderr
+
+
 def processes(pool):
     """[child, supervisor] of each worker, when it has started."""
     for worker in pool.workers:
@@ -424,8 +463,8 @@ def processes(pool):
     return [[worker.pid, worker.process.pid] for worker in pool.workers]
 
 
-def wait_for_end(pids):
-    deadline = time.monotonic() + 20
+def wait_for_end(pids, seconds=20):
+    deadline = time.monotonic() + seconds
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, pids
         time.sleep(0.01)
