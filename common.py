@@ -3,6 +3,7 @@
     batches         batch_indices: which rows make up a step → deal: who gets which → Rows.sequences → pack: tensors
     chat templates  encoders: a row → a token sequence, checked; ChatFormat: messages → ids and mask, in one function
     reading rows    load_rows: files and Hub data sets → `Rows`, checked row by row; what is left out is counted
+    folders         of models: load_config, read_weights, write_model; of runs: lock_run, prepare_run, what is damaged
 
 A row comes the other way: it is read at the bottom, encoded in the middle, and packed at the top.
 
@@ -11,7 +12,11 @@ to end. Nothing is padded.
 """
 
 import ast
+import copy
+import ctypes
 import dataclasses
+import difflib
+import errno
 import glob
 import hashlib
 import heapq
@@ -21,6 +26,9 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
+import stat
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -28,28 +36,35 @@ from functools import lru_cache
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import jinja2
+import multiprocess.util
 import numpy as np
 import pyarrow.compute as pc
 import tokenizers
 import torch
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jinja2 import nodes
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 datasets.disable_progress_bars()  # leave the terminal to the training bar
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # read_weights checks what is missing; its report of that frightens
 
 IGNORE = -100  # target of a token that is not trained on
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment")
 
 
 class RunError(Exception):
-    """Something the user has to mend. Scripts print it as one line and exit with code 1."""
+    """Something the user has to mend. Scripts print it as one line, without secrets, and exit with code 1."""
+
+    def __str__(self):
+        return redact(super().__str__())
 
 
 class DataError(RunError):
@@ -64,13 +79,41 @@ class DataError(RunError):
 
     def __str__(self):
         path, row, message = self.args
-        if row is None:
-            return f"{path}: {message}"
-        return f"{path}, row {row}: {message}"
+        return redact(f"{path}: {message}" if row is None else f"{path}, row {row}: {message}")
 
 
 class Skip(Exception):
     """Raised by an encoder for a row that is left out, with the reason; counted and printed, never silent."""
+
+
+# What looks like a secret; the group is what stays of it. No pattern takes more than linear time.
+SECRETS = [re.compile(pattern) for pattern in (
+    # Keys that are known by how they begin: of Hugging Face, GitHub, GitLab, W&B, Slack, Google, NVIDIA, Groq, AWS,
+    r"()(?<![A-Za-z0-9])(?:gh[oprsu]_|github_pat_|glpat-|wandb_v1_|xox[a-z]-|AIza|nvapi-|gsk_)[\w-]{10,}",
+    r"()(?<![A-Za-z0-9])hf_[A-Za-z0-9]{10,}",
+    r"()(?<![A-Za-z0-9])A[KS]IA[A-Z0-9]{12,}",
+    r"()(?<![A-Za-z0-9])sk-(?=[\w-]{0,64}\d)[\w-]{20,}",  # OpenAI, Anthropic; names that begin so are shorter
+    r"()(?<![\w-])eyJ[\w-]+\.[\w-]+\.[\w-]*",  # and JSON web tokens.
+    # NAME=VALUE, also with %3D: api_key, HF_TOKEN, X-Amz-Signature; AccountKey; not monkey, not tokens
+    r"""((?i:(?:(?<![a-z])|(?<=%3F))(?:api|auth|access)?(?:key|token|sig|signature|passw(?:or)?d|pwd|secret|"""
+    r"""credential)(?:=|%3D)))[^&;\s"'<>]+""",
+    r"""((?<=[a-z])(?:Key|Token|Signature|Password|Secret|Credential)(?:=|%3D))[^&;\s"'<>]+""",
+    r"((?i:authorization: ?\w{1,20} |bearer ))[\w.~+/=-]{16,}",
+    # scheme://USER:PASSWORD@host, https://TOKEN@host
+    r"""((?i:[a-z]://|%3A%2F%2F))[^/?#\s"'<>]{1,500}(?=@|%40)""",
+)]  # fmt: skip
+
+
+def redact(value):
+    """`value` (JSON-like; keys too) with "[redacted]" for whatever looks like a secret: for files and messages."""
+    if isinstance(value, dict):
+        return {redact(key): redact(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(entry) for entry in value]
+    if isinstance(value, str):
+        for pattern in SECRETS:
+            value = pattern.sub(r"\1[redacted]", value)
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -270,6 +313,7 @@ class Microbatch:
 # --------------------------------------------------------------------------------------------------- chat templates
 
 TOO_LONG = "longer than --max_length"
+TRUNCATED = "truncated to --max_length"
 
 
 class Encoder:
@@ -434,7 +478,7 @@ def encode_conversation(encoder, messages, row, last_turn_only=False):
             raise Skip(TOO_LONG)
         ids = ids[: encoder.max_length]
         mask = mask[: encoder.max_length]
-        notes.append("truncated to --max_length")
+        notes.append(TRUNCATED)
     if not mask[1:].any():  # the first token has no state before it to predict it from
         raise Skip("no trained token within --max_length")
     tokenizer = encoder.chat.tokenizer
@@ -641,7 +685,12 @@ class ChatFormat:
             if whole is not text and _is_shortened(said, body, last_part):
                 return end, SHORTENED
         if whole is text:
-            raise ValueError(f"{NO_END} (it ends with {text.replace(BREAK, '')[-12:]!r}): {WHY_END}")
+            tail = text.replace(BREAK, "")
+            unknown = re.search(r"(<[^<>\s]+>|\[/?\w+\])\s*$", tail)
+            if unknown and unknown[1] not in self.controls.all:
+                remedy = "add it to the tokenizer, or choose a --chat_template"
+                raise ValueError(f"{NO_END}: {unknown[1]!r} is no token of this tokenizer; {remedy}")
+            raise ValueError(f"{NO_END} (it ends with {tail[-12:]!r}): {WHY_END}")
         raise ValueError(
             f"the chat template renders messages[{i}] differently once another follows, so the trained tokens cannot "
             f"be told apart: choose a --chat_template{LAST}"
@@ -929,6 +978,11 @@ class ChatTemplate:
         except ValueError as error:
             raise RunError(f"the chat template fails on a plain conversation: {error}") from None
         if self.controls.encode([prompt])[0] != self.tokenizer(prompt, add_special_tokens=False).input_ids:
+            added = {entry["content"] for entry in self.controls.settings["added_tokens"] if entry["normalized"]}
+            lost = sorted(text for text in self.controls.all & added if text in prompt)
+            if lost:
+                remedy = "add them to the tokenizer as AddedToken(…, normalized=False)"
+                raise RunError(f"the tokenizer normalizes text before it looks for {' '.join(lost)}: {remedy}")
             raise RunError("internal error: this tokenizer's ids differ from apply_chat_template's; please report it")
         self._find_turns(prompt, question, answer, tools)
         bos = self.tokenizer.bos_token
@@ -1356,15 +1410,60 @@ def _kind(value):
     return names.get(type(value), "a number")
 
 
-def start_date(out):
-    """The day on which the run in the folder `out` was begun, ISO: its templates print it again. Today, if none was."""
+FILE = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|arrow|gz|zst|xz|bz2|zip|tar|pt|bin|safetensors|gguf)$")
+
+
+def missing(name, max_parts):
+    """How to say that a data source or model is missing if its name, which does not exist, looks like a path; or None.
+
+    A Hub id has at most `max_parts` parts, ends as no file does, and its first part is no folder here.
+    """
+    first, *others = name.split("/")
+    is_path = name.startswith(("/", ".", "~")) or FILE.search(name) or len(others) >= max_parts
+    why = "no such file or folder"
+    if not is_path:
+        if not others or not os.path.isdir(first):
+            return None
+        why += f" (the Hub is not asked: a folder {first} is here)"
+    path = Path(name)
+    while not os.path.isdir(path.parent):
+        path = path.parent
+    names = os.listdir(path.parent)[:1000] if os.access(path.parent, os.R_OK) else []
+    nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0)
+    has = f"; {path.parent} has {', '.join(nearest)}" if nearest else ""
+    return why + has
+
+
+def check_model_path(path, file="config.json"):
+    """Raises RunError for a model that is no folder with `file` and looks like a path: at once, without the Hub."""
+    if os.path.isdir(path):
+        model = os.path.join(path, "model")
+        if os.path.isfile(os.path.join(path, "metrics.jsonl")) and os.path.isdir(model):
+            raise RunError(f"model {path}: the folder of a run; its model is {model}")
+        if file and not os.path.isfile(os.path.join(path, file)):
+            raise RunError(f"model {path}: the folder has no {file}")
+        return
+    why = "a file, and a model is a folder" if os.path.exists(path) else missing(str(path), max_parts=2)
+    if why:
+        raise RunError(f"model {path}: {why}")
+    find_hub()
+
+
+@lru_cache(maxsize=1)
+def find_hub():
+    """Goes offline, to the cache, where the Hub cannot be reached: its client tries each file for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
     try:
-        return json.loads(Path(out, "config.json").read_text(encoding="utf-8"))["date"]
-    except (OSError, ValueError, KeyError, TypeError):  # a new run; what a broken folder is, Run says
-        return date.today().isoformat()
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of its HTTP client
+        _print_on_rank0(f"WARNING the Hub cannot be reached, only its cache is used: {first_line(error)}")
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
+# What tokenizers treat in their own ways: line ends, digits, spaces, apostrophes, scripts, accents, tabs.
+TEXT = " a\n\nb\n\n\nc 1234567 it's I'LL 你好世界 😀👍🏽 café cafe\u0301 ﬁ\t\tx  y   z\r\n \n end. "
 
 
 def load_tokenizer(path, chat_template=None):
@@ -1378,8 +1477,9 @@ def load_tokenizer(path, chat_template=None):
         RunError: no such tokenizer, file or template, a Hub that cannot be reached, or a tokenizer without a fast
             (Rust) implementation.
     """
+    check_model_path(path, file=None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _as_published(AutoTokenizer.from_pretrained(path), path)
     except Exception as error:  # of transformers, tokenizers, the Hub's client or its HTTP client: no common class
         if Path(path).is_dir():
             wrong = "no tokenizer could be loaded"
@@ -1396,6 +1496,29 @@ def load_tokenizer(path, chat_template=None):
     if not tokenizer.chat_template:
         raise RunError(f"model {path}: its tokenizer has no chat template; choose one with --chat_template")
     return tokenizer
+
+
+def _as_published(tokenizer, path):
+    """A byte-level tokenizer as tokenizer.json has it: transformers may put another pre-tokenizer in its place.
+
+    Others are left: what is done at their spaces is for transformers to say (`legacy`). Raises ValueError.
+    """
+    try:
+        original = Tokenizer.from_file(cached_file(path, "tokenizer.json"))
+    except OSError:  # there is none: transformers has made one from other files
+        return tokenizer
+    ids = original.encode(TEXT, add_special_tokens=False).ids
+    if "ByteLevel" in str(original.pre_tokenizer) and tokenizer(TEXT, add_special_tokens=False).input_ids != ids:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        if tokenizer(TEXT, add_special_tokens=False).input_ids != ids:
+            raise ValueError("transformers makes other ids than its tokenizer.json")
+        _print_on_rank0(f"model {path}: its tokenizer.json is used as it is; transformers would load another tokenizer")
+    return tokenizer
+
+
+def _print_on_rank0(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(redact(text))
 
 
 def _read_template(name, tokenizer):
@@ -1462,10 +1585,12 @@ def load_data(args, encode, at_least):
         eval_rows = load_rows(args.eval_data, encode, args.seed, args.max_skip_frac)
         report = rows.report + eval_rows.report
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(report))
+        warnings = [line for line in report if line.startswith("WARNING")]
+        print(redact("\n".join(line for line in report if line not in warnings)))
         _, firsts = np.unique(rows.table.with_format("numpy")["source"][:], return_index=True)  # a row of each source
         for input_ids, trained in rows.sequences(firsts):
             print(show_example(encode.chat.tokenizer, input_ids, trained, colour=sys.stdout.isatty()))
+        print(*map(redact, warnings), sep="\n", end="\n" if warnings else "")  # last, where they are seen
     return rows, eval_rows
 
 
@@ -1476,9 +1601,10 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     source. One process a node encodes (with many workers when there is much to do), the others read its cache.
 
     Args:
-        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl, .json or .parquet file or a Hub id (`name`,
-            `name@split`, `name/config@split`). AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes
-            each twice) or a count ("1000"); which rows depends on the seed.
+        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl (also .jsonl.gz, …), .json or .parquet file, a
+            folder of such files, or a Hub id (`name`, `name@split`, `name/config@split`; these also of a folder).
+            AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes each twice) or a count ("1000");
+            which rows depends on the seed.
         encode: picklable callable with a `key` (str) that changes with its settings, and `features`, the columns it
             makes. Takes a row (dict), returns a dict with at least `input_ids`, `trained` (lists of one length) and
             `notes` (list of str, counted in the report). Raises Skip to leave the row out and ValueError to reject
@@ -1489,7 +1615,8 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
         Rows, in the order of the sources.
 
     Raises:
-        DataError: unreadable source, a rejected row, nothing left, or too many rows skipped.
+        DataError: unreadable source, a rejected row, nothing left, or too many rows skipped. RunError: the cache
+            cannot be written.
     """
     tables = []
     names = []
@@ -1533,65 +1660,85 @@ def read_rows(source):
             raise DataError(source, int(number), str(error)) from None
 
 
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst")
+
+
 def _read(name):
     """The raw rows of one source, and their numbers in it. Rows of JSON files have one column, JSON: their text."""
-    path = Path(name)
     try:
-        if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size:
-            return _read_lines(path)
-        if path.suffix in (".json", ".jsonl"):  # an empty file is an empty list
-            raw = _read_json(name)
-        elif path.suffix == ".parquet":
-            raw = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-        else:
-            raw = _read_hub(name)
+        if name.endswith(LINES) and os.path.isfile(name) and os.path.getsize(name):
+            return _read_lines(name)
+        raw = _read_file(name) if os.path.isfile(name) else _read_data_set(name)
     except json.JSONDecodeError as error:
         raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
     except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(name, *_why_unreadable(path, error)) from None
+        raise _whose_fault(name, error) from None
     return raw, np.arange(1, len(raw) + 1)
 
 
-def _read_lines(path):
+def _read_lines(name):
     """As lines of text, so that line numbers hold and no value is coerced to its column's type."""
-    with open(path, "rb") as file:
+    with open(name, "rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # an edit shows, whatever its time
-    lines = datasets.load_dataset("text", name=version, data_files=glob.escape(str(path)), split="train")
+    lines = datasets.load_dataset("text", name=version, data_files=glob.escape(name), split="train")
     filled = np.flatnonzero(pc.match_substring_regex(lines.data.column("text"), r"\S"))
     return lines.select(filled).rename_column("text", JSON), filled + 1
 
 
-def _read_json(name):
-    text = Path(name).read_text(encoding="utf-8")
-    rows = json.loads(text) if text else []
+def _read_file(name):
+    if name.endswith(".parquet"):
+        return datasets.load_dataset("parquet", data_files=glob.escape(name), split="train")
+    if not name.endswith((".json", ".jsonl")):
+        raise DataError(name, None, f"not a file of rows: {', '.join(LINES)}, .json or .parquet wanted")
+    text = Path(name).read_text(encoding="utf-8-sig")
+    rows = json.loads(text) if text else []  # an empty .jsonl is an empty list, too
     if not isinstance(rows, list):
         raise DataError(name, None, f"expected a JSON list of rows, found {_kind(rows)}; one object a line?")
     return datasets.Dataset.from_dict({JSON: [json.dumps(row) for row in rows]})
 
 
-def _read_hub(name):
-    """A data set of the Hub: `name`, `owner/name` or `owner/name/config`, with or without `@split`."""
-    repository, _, split = name.partition("@")
-    parts = repository.split("/")
-    config = "/".join(parts[2:])
+def _read_data_set(name):
+    """A folder, as the Hub's client downloads it, or a data set of the Hub; with or without `/config` and `@split`."""
+    path, split = name, None
+    if not os.path.isdir(name):
+        path, split = re.fullmatch(r"(.+?)(?:@([^/@]*))?", name, re.DOTALL).groups()
+    folder, config = Path(path), None
+    card = folder.parent / "README.md"
+    if "/" in path and not os.path.isdir(path) and os.path.isfile(card):
+        if f"config_name: {folder.name}\n" in card.read_text(encoding="utf-8"):
+            folder, config = folder.parent, folder.name
+    if os.path.isdir(folder):
+        return datasets.load_dataset(os.path.abspath(folder), config, split=split or "train")
+    why = missing(path, max_parts=math.inf)
+    if why:
+        raise DataError(name, None, why)
+    find_hub()
+    parts = path.split("/")
     try:
-        return datasets.load_dataset("/".join(parts[:2]), config or None, split=split or "train")
+        return datasets.load_dataset("/".join(parts[:2]), "/".join(parts[2:]) or None, split=split or "train")
     except Exception as error:  # of datasets, pyarrow, the Hub's client or its HTTP client: no common class
-        why = first_line(error.__cause__ or error)
-        raise DataError(name, None, f"neither the Hub nor its cache gave this data set: {why}") from None
+        raise _whose_fault(name, error, "neither the Hub nor its cache gave this data set") from None
 
 
-def _why_unreadable(path, error):
-    """(row or None, message) for a file."""
-    if not path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
-        return None, "no such file"
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+def _whose_fault(name, error, wrong="cannot be read"):
+    """The RunError for what reading or encoding a source has raised: the cache's, the disk's or the source's fault."""
+    while error.__cause__ and not getattr(error, "errno", None):
+        error = error.__cause__
+    file = str(getattr(error, "filename", None) or "")
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    for variable, settings in (("HF_DATASETS_CACHE", datasets.config), ("HF_HUB_CACHE", huggingface_hub.constants)):
+        folder = os.path.abspath(getattr(settings, variable))
+        if file.startswith(folder) or (is_full and not file):
+            free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+            why = f"cannot be written, {free:,} bytes free: {first_line(error)}"
+            return RunError(f"cache folder {folder} {why}; {variable}=DIR chooses another")
+    if name.endswith((".jsonl", ".json")) and os.path.isfile(name):
+        for number, line in enumerate(Path(name).read_bytes().split(b"\n"), 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as bad:
-                return number, f"column {bad.start + 1}: not valid UTF-8"
-    return None, f"cannot be read: {first_line(error.__cause__ or error)}"
+                return DataError(name, number, f"column {bad.start + 1}: not valid UTF-8")
+    return DataError(name, None, f"{wrong}: {first_line(error)}")
 
 
 def _choose(count, amount, rng, spec):
@@ -1627,19 +1774,34 @@ def _encode_cached(raw, row_numbers, name, encode):
         "row": datasets.Value("int64"),
     }
     workers = min(os.cpu_count() or 1, len(raw) // 5000)
+    settings = {"row_numbers": row_numbers, "encode": encode}
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{key}.lock"):  # the first process on the node encodes, the others find its cache
-        return raw.map(
-            _encode_row,
-            with_indices=True,
-            cache_file_name=str(cache / f"{key}.arrow"),
-            fn_kwargs={"row_numbers": row_numbers, "encode": encode},
-            remove_columns=raw.column_names,
-            features=datasets.Features(columns),
-            num_proc=workers if workers > 1 else None,
-            new_fingerprint=key,
-        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{key}.lock"):  # the first process on the node encodes, the others find its cache
+            return raw.map(
+                _encode_row,
+                with_indices=True,
+                cache_file_name=str(cache / f"{key}.arrow"),
+                fn_kwargs=settings,
+                remove_columns=raw.column_names,
+                features=datasets.Features(columns),
+                num_proc=workers if workers > 1 else None,
+                new_fingerprint=key,
+            )
+    except OSError as error:
+        raise _whose_fault(name, error, "cannot be encoded") from None
+
+
+def _die_with_parent(_):
+    """In a process that `datasets` has forked: the kernel kills it when the one that forked it ends, in any way."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != multiprocess.parent_process().pid:  # before that call
+        os._exit(1)
+
+
+multiprocess.util.register_after_fork(datasets, _die_with_parent)  # it would wait for ever, and hold the cache's lock
 
 
 def _encode_row(raw, index, row_numbers, encode):
@@ -1664,7 +1826,7 @@ def _decode_row(raw):
     row = _without_nulls(dict(raw))
     if JSON in row:
         try:
-            row = json.loads(row[JSON])
+            row = json.loads(row[JSON].removeprefix("\ufeff"))  # a byte-order mark
             json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise ValueError(f"column {error.colno}: not valid JSON: {error.msg}") from None
@@ -1700,6 +1862,9 @@ def _account(name, encoded, max_skip_frac):
         lines.append(f"  {others} skipped for {len(skips) - REASONS} other reasons")
     for note, count, row in _tally(pc.list_flatten(notes), rows[pc.list_parent_indices(notes).to_numpy()]):
         lines.append(f"  {count} {note} (first: row {row})")
+        if note == TRUNCATED and count > read / 2:
+            remedy = "raise it, or leave them out with --overlong drop"
+            lines.append(f"WARNING {name}: {count} of {read} rows are cut at --max_length: {remedy}")
     if skips:
         limited = sum(count for reason, count, _ in skips if reason != TOO_LONG)  # dropping long rows was asked for
         reason, count, row = next(filter(lambda entry: entry[0] != TOO_LONG, skips), skips[0])
@@ -1720,3 +1885,305 @@ def _tally(texts, rows):
     _, first, counts = np.unique(codes.indices.to_numpy(), return_index=True, return_counts=True)
     entries = zip(codes.dictionary.to_pylist(), counts.tolist(), rows[first].tolist(), strict=True)
     return sorted(entries, key=lambda entry: (-entry[1], entry[2]))
+
+
+# --------------------------------------------------------------------------------- folders of models, folders of runs
+
+
+SOURCES = {}  # model: (configuration, generation settings). Exports need them when the model itself may be gone
+
+
+def read_source(model):
+    """The configuration of a model, and its settings for generation as a dict. Raises RunError."""
+    check_model_path(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        try:
+            generation = GenerationConfig.from_pretrained(model)
+        except OSError:  # it has none
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            generation = GenerationConfig(**{name: getattr(config, name) for name in names})
+    except Exception as error:  # transformers and the Hub's client have many
+        raise RunError(f"model {model}: {first_line(error)}") from None
+    SOURCES[model] = config, generation.to_diff_dict()
+    return SOURCES[model]
+
+
+def load_config(args):
+    """The configuration of --model, checked against the flags before anything large is loaded. Raises RunError."""
+    config = copy.deepcopy(read_source(args.model)[0])
+    config.dtype = config.dtype or torch.float32
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and args.max_length > limit:
+        raise RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1):
+            raise RunError(f"model {args.model} transforms its logits ({name}), which is not supported")
+    return config
+
+
+def read_weights(path, config, model_class):
+    """{name: tensor} of every parameter and buffer of a model.
+
+    Raises:
+        RunError: unless all are there, expected and finite, and as SHA256SUMS says if the folder has one.
+    """
+    sums = Path(path, "SHA256SUMS")
+    for line in sums.read_text().splitlines() if sums.is_file() else ():
+        digest, _, name = line.partition("  ")
+        if name.endswith(".safetensors") and hash_file(sums.with_name(name)) != digest:
+            raise RunError(f"{sums} does not fit {name}: it is damaged, or if changed on purpose, delete SHA256SUMS")
+    try:
+        source, info = model_class.from_pretrained(path, dtype=config.dtype, output_loading_info=True)
+    except Exception as error:  # likewise, and safetensors
+        raise RunError(f"model {path}: {first_line(error)}") from None
+    if not hasattr(source.base_model, "layers"):
+        raise RunError(f"model {path}: {type(source).__name__} is not built of decoder layers (.layers)")
+    wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
+    if wrong:
+        raise RunError(f"model {path}: weights do not fit the architecture: {wrong}")
+    weights = source.state_dict() | dict(source.named_non_persistent_buffers())  # rotary frequencies are of the latter
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"model {path}: {name} holds values that are not finite")
+    return weights
+
+
+def lock_run(out):
+    """Locks the folder of a run until this process ends, however it ends.
+
+    Returns:
+        the lock, and the config.json of the run that is there, {} for a new one.
+
+    Raises:
+        RunError: if another process has it, or if it holds files that no run of ours has written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = {path.name for path in out.iterdir() if path.suffix not in (".log", ".txt", ".out", ".err")}
+    if "config.json" not in found and found - {"lock", "config.tmp"}:
+        raise RunError(f"{out} has {min(found)} but no config.json of a run: choose another --out")
+    lock = FileLock(out / "lock")  # where the file system has no locks: a file that names host and process
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        process = read_run_config(out).get("process", "another process")
+        raise RunError(f"{out} is in use by {process}: wait for it, or choose another --out") from None
+    return lock, read_run_config(out)
+
+
+def read_run_config(out):
+    """config.json in the folder of a run, or {}. Raises RunError if it is damaged, or of another program."""
+    path = Path(out, "config.json")
+    if not path.exists():
+        return {}
+    try:
+        config = redact(json.loads(path.read_text()))  # as a newer pattern has it
+        if {"script", "data", "args"} <= config.keys():
+            return config
+        why = "it is not of a run"
+    except (ValueError, AttributeError) as error:
+        why = error
+    raise RunError(f"{path} is damaged, or of another program ({why}): restore it, or choose another --out")
+
+
+def start_date(out):
+    """The date that the run in a folder began with, for templates that print one; for a new one that of today."""
+    return read_run_config(out).get("date") or date.today().isoformat()
+
+
+def checkpoints(out):
+    """{step: folder} of the checkpoints of a run, oldest first. Other names beside them are ignored."""
+    names = [path.name for path in out.glob("checkpoints/step_*")]
+    steps = sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch("step_[1-9][0-9]*", name))
+    return {step: out / "checkpoints" / f"step_{step}" for step in steps}
+
+
+def hash_file(path):
+    """SHA-256 of a file; or why it cannot be read, which is no file's."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return str(error)
+
+
+def files_in(folder):
+    """Names of all files below a folder, relative to it, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def files_of_rank(folder, rank):
+    """Those that a rank has written into a checkpoint: its shards; rank 0 also all that are nobody's shards."""
+    shards = {name: re.fullmatch(r"state/__(\d+)_\d+\.distcp", name) for name in files_in(folder)}
+    return [name for name, shard in shards.items() if rank == (int(shard[1]) if shard else 0)]
+
+
+def set_aside_if_damaged(folder, hashes):
+    """Whether a checkpoint is not as it was written, by its sums.json. Then says so and renames it to step_N.damaged.
+
+    Args:
+        hashes: {name: SHA-256} of the files that are there.
+
+    Raises:
+        RunError: if somebody else could have written in it: torch unpickles a checkpoint's metadata.
+    """
+    for name in [".", *hashes]:
+        state = (folder / name).lstat()
+        if state.st_uid != os.getuid() or (state.st_mode & 0o022 and not stat.S_ISLNK(state.st_mode)):
+            whose = "belongs to somebody else, or is group- or world-writable"
+            raise RunError(f"{folder / name} {whose}: it will not be loaded. If you trust it, chown and chmod go-w it")
+    wrong = []
+    try:
+        sums = dict(json.loads((folder / "sums.json").read_text()))
+        sums["sums.json"] = hashes["sums.json"]
+        wrong += [f"{name} is missing" for name in sums.keys() - hashes.keys()]
+        wrong += [f"{name} is new" for name in hashes.keys() - sums.keys()]
+        wrong += [f"{name} has changed" for name in sums.keys() & hashes.keys() if sums[name] != hashes[name]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        wrong.append(f"sums.json is damaged or missing ({first_line(error)})")
+    if wrong:
+        aside = folder.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        print(f"WARNING {folder} is damaged, it is now {aside.name}: {'; '.join(sorted(wrong)[:3])}")
+    return bool(wrong)
+
+
+def prepare_run(out, config, first_step):
+    """Writes config.json, clears what a kill left half written or half deleted and what was logged after first_step."""
+    replace_text(out / "config.json", json.dumps(config, indent=2))
+    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "checkpoints").chmod(0o700)  # because of set_aside_if_damaged
+    for path in [*out.glob("checkpoints/*"), *out.glob("model.tmp")]:
+        if re.fullmatch(r"step_[0-9]+\.(tmp|trash)|model\.tmp", path.name):
+            shutil.rmtree(path)
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        steps = cut_log(path, first_step)
+        if path.stem == "metrics" and first_step and first_step not in steps:
+            print(f"WARNING {path} does not have step {first_step}, which the checkpoint has: lines of it are lost")
+
+
+def cut_log(path, last_step):
+    """Takes the lines after a step out of a .jsonl file. Returns the steps that stay.
+
+    Raises:
+        RunError: a damaged line among those that stay. (After them there may be half a line.)
+    """
+    if not path.exists():
+        return []
+    kept, steps = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if last_step else (), 1):
+        try:
+            step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+            if step <= last_step:
+                kept.append(line)
+                steps.append(step)
+        except (ValueError, KeyError, TypeError) as error:
+            if last_step in steps:
+                break
+            raise RunError(f"{path}, row {number}: damaged ({error!r}): mend or delete the file") from None
+    replace_text(path, b"".join(kept).decode())
+    return steps
+
+
+def summary(out):
+    """What a finished run says at its end: where its model is, its first and last held-out metric (or loss)."""
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    change = ""
+    for name in ("loss", "reward", "eval_loss", "eval_accuracy", "eval_reward"):  # the last that there is
+        values = [entry[name] for entry in entries if name in entry]
+        if len(values) > 1:
+            change = f", {name} {values[0]:.4g} → {values[-1]:.4g}"
+    return f"finished{change}. Its model: {out}/model. Next: --model {out}/model of another script, or from_pretrained"
+
+
+def replace_text(path, text):
+    """Writes a file: whole or not at all."""
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
+
+
+def sync_to_disk(folder):
+    """fsync of a folder and everything in it."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_model(path, source, model, weights, chat):
+    """Writes a folder that transformers 5 and 4.57 open alike, weights in the source model's precision.
+
+    Args:
+        source: the model that training began with; load_config has read it, and it may be gone by now.
+        model: one of the architecture to write. weights: {name: tensor}. chat: a ChatFormat.
+    """
+    source_config, generation = copy.deepcopy(SOURCES.get(source) or read_source(source))
+    source_config.dtype = source_config.dtype or torch.float32
+    own = {name: getattr(model.config, name) for name in ("num_labels", "pad_token_id")}  # a reward model has its own
+    source_config.update(own)
+    with torch.device("meta"):
+        skeleton = type(model)(source_config).to(source_config.dtype)
+    weights = {name: tensor.to(source_config.dtype) for name, tensor in weights.items()}
+    skeleton.save_pretrained(path, state_dict=weights)
+    if (path / "generation_config.json").exists():  # a reward model has none
+        _write_generation(path / "generation_config.json", generation, chat.stop_ids)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    _write_json(path / "config.json", config | _old_rope(config))
+    _write_tokenizer(path, chat.tokenizer)
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        shutil.copymode(path / "config.json", file)  # by the umask; safetensors makes it private
+    (path / "SHA256SUMS").write_text("".join(f"{hash_file(file)}  {file.name}\n" for file in files))
+
+
+def _write_generation(path, settings, stop_ids):
+    """The source model's settings, valid or not (save_pretrained would refuse), with its end tokens and ours."""
+    settings.pop("_from_model_config", None)  # 4.57 might make the settings from the model's configuration then
+    theirs = settings.get("eos_token_id")
+    ends = dict.fromkeys([*stop_ids, *(theirs if isinstance(theirs, list) else [theirs])])  # each once, in this order
+    ends.pop(None, None)
+    settings["eos_token_id"] = list(ends) if len(ends) > 1 else next(iter(ends))
+    _write_json(path, settings)
+
+
+def _write_tokenizer(path, tokenizer):
+    """With its chat template. Readers are told to take tokenizer.json as it is.
+
+    A tokenizer class of its own might put its own pre-tokenizer, or rule for BOS, in the place of the file's.
+    """
+    tokenizer.save_pretrained(path)
+    settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "backend"):  # how it was loaded here
+        settings.pop(name, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):  # 4.57 wants no list by this name
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("model_input_names", "padding_side"):  # which the class knew
+        settings[name] = getattr(tokenizer, name)
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre_tokenizer:  # 4.57 sets it to what is said here, or to False
+        settings["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
+    _write_json(path / "tokenizer_config.json", settings)
+
+
+def _old_rope(config):
+    """The entries of a config.json where transformers 4.57 looks for what 5 keeps in `rope_parameters`."""
+    rope, old = config.get("rope_parameters") or {}, {}
+    if config["model_type"] in ("gemma3_text", "gemma3n_text", "olmo3"):  # which have two
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:  # none, or for kinds of layers that 4.57 does not know
+        return {}
+    old |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope["rope_type"] != "default":  # 5 believes rope_scaling before rope_parameters: nothing may be lost
+        scaling = {name: value for name, value in rope.items() if name not in old and name != "rope_type"}
+        key = "type" if config["model_type"] in ("olmo", "olmo2", "phi3") else "rope_type"  # these refuse the other
+        if "original_max_position_embeddings" in config:  # Phi 3 has it there, and refuses it here
+            scaling.pop("original_max_position_embeddings", None)
+        old["rope_scaling"] = scaling | {key: rope["rope_type"]}
+    return old
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@
     python -m pipeline.convert hh_helpful_base.train.jsonl --out hh_train.jsonl              for reward_model.py, dpo.py
     python -m pipeline.convert gsm8k/train.jsonl --to prompts --out gsm8k_prompts.jsonl      for grpo.py, ppo_rlvr.py
 
-A source is a .jsonl, .json or .parquet file, or a Hub id (`name`, `name@split`, `name/config@split`). The *shape* of a
+A source is what --data of a script takes: a file, a folder, or a Hub id (docs/data.md). The *shape* of a
 row is the first in SHAPES whose columns it has; what its values mean is one function a shape, in `pipeline/shapes/`.
 --to has to be given where a shape can become several things. A row that becomes nothing is counted, with its reason.
 """
@@ -84,7 +84,7 @@ FORM = {"dataset": ["contains", "contains"], "ground_truth": ["####", "<<"], "we
 
 @dataclass
 class Args:
-    rows: tyro.conf.Positional[list[str]]  # what to read: files or Hub ids
+    rows: tyro.conf.Positional[list[str]]  # what to read: files, folders or Hub ids
     out: str  # JSON lines to write, in the order of the rows; under a temporary name until all are there
     to: Literal["messages", "pairs", "prompts"] | None = None  # what to make, where a shape leaves a choice
     verifier: str | None = None  # judges all prompts, instead of the shape's own verifier

@@ -107,7 +107,7 @@ def print_account(rows):
     source = None
     for line in rows.report:
         print(line)
-        if not line.startswith(" "):
+        if not line.startswith((" ", "WARNING")):
             source = next(name for name in rows.sources if line.startswith(f"{name}: "))
         skipped = re.match(r"  \d+ skipped: .* \(first: row (\d+)\)$", line)
         if skipped:

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BOS, CACHE, CONTROLS, EOS, TOKENIZERS, UNK, assistant, shared, tokenizer_folder, user
+from conftest import BOS, CACHE, CONTROLS, EOS, INSIDE, TOKENIZERS, UNK, assistant, shared, tokenizer_folder, user
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import common
 from common import ChatFormat, RunError, SftEncoder, check_messages, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------- chat templates
@@ -735,6 +738,110 @@ def test_load_tokenizer_errors_are_clear(case, tmp_path):
     with pytest.raises(RunError, match="--chat_template|model ") as caught:
         load_tokenizer(folder, template)
     assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_no_model_is_refused_without_the_hub(tmp_path, monkeypatch):
+    """At once, in one line, with the names that are there; a Hub id, and a folder of a model, are let through."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("common.find_hub", lambda: asked.append(1))
+    for name in ("base", "rm", "sft"):
+        (tmp_path / "runs" / "demo" / name / "model").mkdir(parents=True)
+    for name in ("rm/model/config.json", "sft/metrics.jsonl", "sft/config.json"):
+        (tmp_path / "runs" / "demo" / name).write_text("{}")
+    refused = {
+        "runs/demo/bas": "no such file or folder; runs/demo has base, ",
+        "./runs/demo/bas": "no such file or folder; runs/demo has base, ",
+        f"{tmp_path}/runs/demo/bas": f"no such file or folder; {tmp_path}/runs/demo has base, ",
+        "runs/dem": r"no such file or folder \(the Hub is not asked: a folder runs is here\); runs has demo$",
+        "rnus/demo/base/model": "no such file or folder; . has runs$",
+        "../nothing": "no such file or folder; .. has ",
+        "model.safetensors": "no such file or folder; . has runs$",
+        "runs/demo/rm/model/config.json": "a file, and a model is a folder$",
+        "runs/demo/base": "the folder has no config.json$",
+        "runs/demo/sft": "the folder of a run; its model is runs/demo/sft/model$",
+    }
+    for path, message in refused.items():
+        with pytest.raises(RunError, match=f"^model {re.escape(path)}: {message}"):
+            common.check_model_path(path)
+        if path != "runs/demo/base":  # pipeline.look needs a tokenizer only
+            with pytest.raises(RunError, match=f"^model {re.escape(path)}: {message}"):
+                load_tokenizer(path, "tulu")
+    assert not asked
+    common.check_model_path("runs/demo/rm/model")
+    common.check_model_path(tmp_path / "runs" / "demo" / "rm" / "model")
+    assert not asked
+    for path in ("owner/name", "gpt2", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B", "owner/data-v1.5"):
+        common.check_model_path(path)
+    assert len(asked) == 5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt2", "olmo", "olmo2", "phi3", "gemma", None])
+@pytest.mark.parametrize("saved_as", ["PreTrainedTokenizerFast", None, "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_byte_level_tokenizer_is_the_one_that_was_published(model_type, saved_as, tmp_path):
+    """AutoTokenizer gives some model types a pre-tokenizer of its own, without a word, and other ids with it."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\n+| ?[^\n\p{N} ]+| +"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=INSIDE, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["it's 123 456\n\nand 123 456\n\n\nit's\n\n"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNK)
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = saved_as
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 400}))
+    text = "it's 123456\n\nand\n\n\n123"
+    ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    loaded = load_tokenizer(tmp_path, "chatml")
+    assert loaded(text, add_special_tokens=False).input_ids == ids
+    assert loaded.eos_token == EOS and loaded.bos_token == BOS and loaded.chat_template
+    assert ChatFormat(loaded).untrainable is None
+    if (model_type, saved_as) in (("qwen2", "PreTrainedTokenizerFast"), ("gpt2", None), ("olmo", "GPT2Tokenizer")):
+        assert AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False).input_ids != ids  # or no test
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again", "chatml")(text, add_special_tokens=False).input_ids == ids
+
+
+def test_a_tokenizer_without_its_file_is_transformers(tmp_path, monkeypatch):
+    """Some models have other files only, of which transformers makes one."""
+    folder = tokenizer_folder("byte_level")
+
+    def cached_file(path, name):
+        raise OSError("no such file")
+
+    monkeypatch.setattr("common.cached_file", cached_file)
+    assert load_tokenizer(folder, "tulu")("a b").input_ids == TOKENIZERS["byte_level"]()("a b").input_ids
+
+
+def test_added_tokens_that_are_normalized_are_named():
+    """`add_tokens(["<thoughts>"])` where the normalizer writes ▁ before each text: it is not found in a text then."""
+    tokenizer = TOKENIZERS["legacy_llama"].__wrapped__()
+    turn = "<|im_start|>assistant\n"
+    thoughts = chatml_like().replace(turn, turn + "<thoughts>\n")
+    tokenizer.chat_template = thoughts
+    tokenizer.add_tokens(["<thoughts>"])
+    remedy = r"add them to the tokenizer as AddedToken\(…, normalized=False\)"
+    with pytest.raises(RunError, match=f"normalizes text before it looks for <thoughts>: {remedy}"):
+        ChatFormat(tokenizer)
+    tokenizer = TOKENIZERS["legacy_llama"].__wrapped__()
+    tokenizer.chat_template = thoughts
+    tokenizer.add_tokens([AddedToken("<thoughts>", normalized=False)])
+    assert ChatFormat(tokenizer).untrainable is None
+
+
+def test_an_end_that_is_no_token_is_named():
+    """A template of another tokenizer: its end of turn is text here."""
+    tokenizer = TOKENIZERS["byte_level"].__wrapped__()
+    tokenizer.chat_template = chatml_like("{{ m.content }}<|im_done|>\n")
+    assert re.search(r"without an end-of-turn token: '<\|im_done\|>' is no token of this tokenizer; add it to the tokenizer",
+                     ChatFormat(tokenizer).untrainable)  # fmt: skip
+    tokenizer.chat_template = chatml_like("{{ m.content }}\n")
+    assert "(it ends with 'ertainly 5.\\n')" in ChatFormat(tokenizer).untrainable
 
 
 def test_time_grows_with_the_text_not_with_the_turns():

@@ -15,7 +15,16 @@ from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
 from test_templates import chat_of
 
 import common
-from common import ChatFormat, DataError, PairEncoder, PromptEncoder, SftEncoder, load_rows, load_tokenizer
+from common import (
+    ChatFormat,
+    DataError,
+    PairEncoder,
+    PromptEncoder,
+    RunError,
+    SftEncoder,
+    load_rows,
+    load_tokenizer,
+)
 from pipeline import convert
 from rewards.pool import Pool
 
@@ -343,10 +352,13 @@ def test_the_day_in_a_template_is_that_of_the_run(tmp_path):
     undated = [with_template(TURN + PROMPT, day=day).key for day in ("2026-01-31", "2026-02-01")]
     assert undated[0] == undated[1]
     assert common.start_date(tmp_path) == with_template(dated).date  # today
-    (tmp_path / "config.json").write_text('{"date": "2025-12-24"}')
+    config = {"script": "sft.py", "data": "0", "args": {}, "date": "2025-12-24"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert common.start_date(tmp_path) == "2025-12-24"
-    (tmp_path / "config.json").write_text("[broken")
-    assert common.start_date(tmp_path) == with_template(dated).date
+    for broken in ("[broken", "[]", "{}", "5"):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(RunError, match=f"^{tmp_path}/config.json is damaged"):
+            common.start_date(tmp_path)
 
 
 def test_all_end_tokens_of_a_template_stop_generation():
