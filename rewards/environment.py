@@ -3,7 +3,7 @@
     rollouts = Rollouts(args, chat, rows, eval_rows, Sample, run.signals)      starts the verifiers, checks every row
     rollouts.make_sampler(config, device)
     rollouts.sync(policy)                                                      copies the weights, after every update
-    groups = rollouts.sample(step, missing)                                    [[Sample, ...] of a prompt, ...]
+    groups, sampled = rollouts.sample_batch(step)                              [[Sample, ...] of a prompt, ...], twice
 
 Each rank samples and judges a share of the prompts, without waiting for the others; then every rank gets the groups of
 all. What is learned from them (advantages, losses, updates) is the scripts' business.
@@ -15,6 +15,7 @@ neither the number of ranks nor that of slots decides about it. A *group* is the
 Shapes:  L tokens of a sample, of which the last N are its completion.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -30,6 +32,11 @@ from kernels.sampler import Sampler, SamplingParams
 from rewards.pool import Pool, failure_rates, split_job
 from rewards.verifiers import Verdict
 
+ROUNDING = 1e-6  # rewards no further apart are equal: 0.1 + 0.2 and 0.3
+MOST_PROMPTS = 4  # asked for in one round of sampling, as a multiple of --batch_size
+REMEMBERED = 4  # groups of which the share with a signal is measured, likewise
+MOST_EMPTY_STEPS = 20  # in a row, without one group to learn from; then the run stops
+
 
 @dataclass
 class JudgedCompletion:
@@ -37,7 +44,7 @@ class JudgedCompletion:
 
     position: int  # of its prompt in the stream; its group has the same
     row: int  # of its prompt in the data
-    begun: int  # the step in which it was asked for
+    begun: int  # the step in which its first token was sampled: the oldest weights behind it are of then
     input_ids: np.ndarray  # (L,) prompt and completion
     trained: np.ndarray  # (L,) true in the completion
     behaviour_logprobs: np.ndarray  # (N,) of its tokens when they were sampled, temperature included
@@ -97,8 +104,8 @@ class Rollouts:
     """Completions of the prompts in `rows`, judged.
 
     Args:
-        args: has group_size, max_new_tokens, temperature, stop_strings, solved, inflight, max_staleness, slots,
-            max_length, seed, out, verifier_workers, sandbox, max_logprob_gap, log_samples, eval_samples,
+        args: has batch_size, group_size, max_new_tokens, temperature, stop_strings, solved, inflight, max_staleness,
+            slots, max_length, seed, out, verifier_workers, sandbox, max_logprob_gap, log_samples, eval_samples,
             eval_temperature.
         chat: the common.ChatFormat. rows: common.Rows of a common.PromptEncoder. eval_rows: likewise, or None.
         sample_class: JudgedCompletion, or a dataclass made from it. signals: a list; once there is something in it,
@@ -116,6 +123,10 @@ class Rollouts:
         self.signals = signals
         self.cursor = 0  # the next position in the stream
         self.solved = set()  # rows that are not drawn again
+        self.surplus = []  # groups to learn from that did not fit into the batch: they begin the next
+        self.recent = [0.0, 0.0]  # of the last groups, how many there were and how many had a signal; see _remember
+        self.empty_steps = 0  # steps in a row that have found nothing to learn from
+        self.rounds = 0  # of sampling, in the last step
         self.find_end = StopStrings(chat.tokenizer, args.stop_strings) if args.stop_strings else None
         self.pool = Pool(args.verifier_workers, args.sandbox)
         self._check(rows)
@@ -133,13 +144,48 @@ class Rollouts:
         """Copies the policy's weights to the sampler. All ranks call it together."""
         self.sampler.sync(policy)
 
+    def sample_batch(self, step, has_signal=None, most_rounds=0):
+        """Groups to learn from in a step, at most --batch_size. All ranks call it together, and get the same.
+
+        Args:
+            has_signal: group → whether there is something to learn from it; by default, whether it has any reward.
+            most_rounds: sample until a batch of groups has a signal, in at most so many rounds (active sampling). A
+                round asks for as many prompts as should suffice, by the share of the last groups that had one. What is
+                then too much begins the next batch. 0: one round, and every group is kept, with a signal or without.
+
+        Returns:
+            (groups, sampled): those to learn from, and all that were sampled in this step. After a signal to stop, and
+            when all prompts are solved, there may be fewer.
+
+        Raises:
+            RunError: no group to learn from, in the 20th step in a row.
+        """
+        has_signal = has_signal or _has_reward
+        size = self.args.batch_size
+        groups = self.surplus
+        sampled = []
+        self.rounds = 0
+        while len(groups) < size and self.rounds < max(1, most_rounds) and not self._is_stopping():
+            missing = size - len(groups)
+            found = self.sample(step, self._how_many(missing) if most_rounds > 1 else missing)
+            with_signal = [group for group in found if has_signal(group)]
+            self._remember(len(found), len(with_signal))
+            sampled += found
+            groups = groups + (with_signal if most_rounds else found)
+            self.rounds += 1
+        self.surplus = groups[size:]
+        groups = groups[:size]
+        if not self._is_stopping():
+            self._say_what_is_missing(step, groups, sampled, any(map(has_signal, groups)))
+        return groups, sampled
+
     def sample(self, step, missing):
         """Groups for `missing` prompts of the stream, in its order. All ranks call it together.
 
         With --inflight F, there are F prompts more on their way than are missing, and a rank returns once its share of
         `missing` is answered, whichever prompts these are. What is unfinished then goes on in the next call, under the
-        weights of then. A rank with a prompt that was begun --max_staleness steps ago finishes all of its own, so there
-        may be more groups than are missing. After a signal there may be fewer.
+        weights of then; but a prompt that was begun --max_staleness steps ago is waited for. After a signal to stop
+        there may be fewer.
 
         With --solved, a prompt of which a group has earned that share of the most that it could is not drawn again.
         When all are solved, nothing is.
@@ -148,9 +194,8 @@ class Rollouts:
         in_flight = sum(self._gather([len(self.sampler.groups)]))  # over all ranks
         new = max(0, missing + args.inflight - in_flight)
         positions = self._draw(new)
-        begun = [step_begun for step_begun, _ in self.sampler.groups]  # of what this rank has in flight
-        enough = None  # all that this rank has begun
-        if args.inflight and step - min(begun, default=step) < args.max_staleness:
+        enough = None  # all
+        if args.inflight:
             enough = len(self._my_share(range(missing)))
         mine = self._my_share(positions)
         params = SamplingParams(
@@ -159,6 +204,7 @@ class Rollouts:
             temperature=args.temperature,
             seed=args.seed,
             find_end=self.find_end,
+            max_staleness=args.max_staleness,
         )
         completions = self.sampler.sample(
             self._prompts(self.rows, [self._row(position) for position in mine]),
@@ -173,8 +219,8 @@ class Rollouts:
         return groups
 
     def are_all_solved(self):
-        """Whether no prompt is left to draw, by --solved. Rank 0 says so."""
-        if len(self.solved) < len(self.rows):
+        """Whether no prompt is left to draw, by --solved, and no group to learn from. Rank 0 says so."""
+        if len(self.solved) < len(self.rows) or self.surplus:
             return False
         if _rank() == 0:
             tqdm.write(f"all {len(self.rows)} prompts are solved, by --solved {self.args.solved}: the run ends here")
@@ -255,9 +301,25 @@ class Rollouts:
                 f"sampled and recomputed log-probabilities differ by {gap:.3g}, more than --max_logprob_gap {bound}"
             )
 
+    def counts(self):
+        """Metrics of the last step's sampling, beside those of the groups."""
+        return {
+            "solved_prompts": len(self.solved),
+            "surplus_groups": len(self.surplus),
+            "sampling_rounds": self.rounds,
+        }
+
     def state_dict(self):
-        """What this rank needs to go on: the cursor, which prompts are solved, and its completions in flight."""
-        return {"cursor": self.cursor, "solved": sorted(self.solved), "sampler": self.sampler.state_dict()}
+        """What this rank needs to go on, as plain tensors, numbers and text."""
+        surplus = self.surplus if _rank() == 0 else []  # the same on all ranks
+        return {
+            "cursor": self.cursor,
+            "solved": sorted(self.solved),
+            "recent": list(self.recent),
+            "empty_steps": self.empty_steps,
+            "surplus": [[_plain(sample) for sample in group] for group in surplus],
+            "sampler": self.sampler.state_dict(),
+        }
 
     def load_state_dicts(self, states):
         """Goes on from the `state_dict` of every rank of then; of no ranks, from the beginning.
@@ -266,8 +328,12 @@ class Rollouts:
         """
         if not states:
             return
-        self.cursor = states[0]["cursor"]  # the same on all ranks, as is what is solved
+        self.cursor = states[0]["cursor"]  # the same on all ranks, as are the next three
         self.solved = set(states[0]["solved"])
+        self.recent = list(states[0]["recent"])
+        self.empty_steps = states[0]["empty_steps"]
+        surplus = flatten(state["surplus"] for state in states)
+        self.surplus = [[_from_plain(self.sample_class, fields) for fields in group] for group in surplus]
         completions = [state["sampler"]["completions"] for state in states]  # of each rank
         if len(states) == _world():
             mine = completions[_rank()]
@@ -303,7 +369,7 @@ class Rollouts:
             sample = self.sample_class(
                 position=completion.index,
                 row=row,
-                begun=completion.step,
+                begun=completion.begun,
                 input_ids=input_ids,
                 trained=np.arange(len(input_ids)) >= len(completion.prompt_ids),
                 behaviour_logprobs=completion.logprobs,
@@ -314,6 +380,52 @@ class Rollouts:
             )
             samples.append(sample)
         return _grouped(self._gather(samples), lambda sample: sample.position)
+
+    def _is_stopping(self):
+        """Whether any rank was sent a signal. All ranks ask together."""
+        return sum(self._gather([len(self.signals)])) > 0
+
+    def _how_many(self, missing):
+        """Prompts to ask for so that, five times in six, as many groups as are missing have a signal.
+
+        If a share p of all groups has one, the number it takes until the n-th has the mean n / p and the standard
+        deviation √(n (1 - p)) / p. At the start of a run p is 1: the first round asks for a batch.
+        """
+        seen, with_signal = self.recent
+        p = (with_signal + 1) / (seen + 1)  # never 0
+        wanted = (missing + math.sqrt(missing * (1 - p))) / p
+        return min(math.ceil(wanted), MOST_PROMPTS * self.args.batch_size)
+
+    def _remember(self, found, with_signal):
+        """Counts these groups; what was counted fades, so that it weighs no more than REMEMBERED batches."""
+        limit = REMEMBERED * self.args.batch_size
+        seen = self.recent[0] + found
+        keep = min(1.0, limit / max(seen, 1))
+        self.recent = [keep * seen, keep * (self.recent[1] + with_signal)]
+
+    def _say_what_is_missing(self, step, groups, sampled, is_useful):
+        """Rank 0 says it if a step has nothing to learn from, once, or a small batch; RunError if this does not end."""
+        size = self.args.batch_size
+        if not groups and not sampled:
+            return  # all are solved
+        if 0 < len(groups) < size and _rank() == 0:
+            rounds = f"after {self.rounds} round{'s' * (self.rounds > 1)} of sampling"
+            share = f"{len(groups)} of {size} groups to learn from {rounds}"
+            tqdm.write(f"step {step + 1}: {share}; its learning rate is {len(groups) / size:.3g} of what it would be")
+        if is_useful:
+            self.empty_steps = 0
+            return
+        self.empty_steps += 1
+        mean = np.mean([sample.reward for sample in flatten(sampled)])
+        message = (
+            f"step {step + 1}: nothing to learn from: in each of {len(sampled)} groups all rewards are the same "
+            f"({mean:.3g} in the mean). Read {self.args.out}/samples.jsonl: are verifier, prompts and chat template "
+            "the right ones? Then the prompts are too hard for this model, or too easy"
+        )
+        if not groups and self.empty_steps == MOST_EMPTY_STEPS:
+            raise common.RunError(f"{message}; so were the {MOST_EMPTY_STEPS - 1} steps before")
+        if self.empty_steps == 1 and _rank() == 0:
+            tqdm.write(message)
 
     def _check(self, rows):
         """Raises RunError, on every rank, if a verifier does not exist or cannot use the ground truth of a row."""
@@ -382,27 +494,56 @@ def _grouped(items, key):
     return [list(group) for _, group in itertools.groupby(sorted(items, key=key), key)]
 
 
+def _plain(sample):
+    """{field: value} of a JudgedCompletion, arrays as tensors and the verdict as a list: what torch.load may read."""
+    fields = {}
+    for field in dataclasses.fields(JudgedCompletion):
+        value = getattr(sample, field.name)
+        fields[field.name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    fields["verdict"] = list(sample.verdict)
+    return fields
+
+
+def _from_plain(sample_class, fields):
+    """The sample of which `_plain` was made."""
+    arrays = {name: value.numpy() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+    return sample_class(**{**fields, **arrays, "verdict": Verdict(*fields["verdict"])})
+
+
+def _has_reward(group):
+    return any(sample.reward != 0 for sample in group)
+
+
 def flatten(lists):
     """[item of a list, ...]."""
     return list(itertools.chain.from_iterable(lists))
 
 
-def rollout_metrics(groups, step):
-    """Metrics of all groups that were sampled, whether they are trained on or not."""
-    samples = flatten(groups)
+def rewards_differ(group):
+    """Whether the verifiers' rewards of a group differ by more than rounding: by DAPO's equation (11), its signal."""
+    rewards = [sample.reward for sample in group]
+    return max(rewards) - min(rewards) > ROUNDING
+
+
+def rollout_metrics(groups, sampled, step):
+    """Metrics of the groups that are learned from in a step, and of all that were sampled in it."""
+    samples = flatten(sampled)
     lengths = [int(sample.trained.sum()) for sample in samples]
-    rewards = [[sample.reward for sample in group] for group in groups]
-    metrics = {
+    metrics = {"groups": len(groups), "sampled_tokens": sum(lengths)}
+    if groups:
+        metrics["staleness"] = float(np.mean([step - sample.begun for sample in flatten(groups)]))
+    if not sampled:  # the batch is what the steps before have left over
+        return metrics
+    means = {
         "reward": np.mean([sample.reward for sample in samples]),
-        "reward_std": np.mean([np.std(group) for group in rewards]),
-        "zero_std_groups": np.mean([len(set(group)) == 1 for group in rewards]),
+        "reward_std": np.mean([np.std([sample.reward for sample in group]) for group in sampled]),
+        "zero_std_groups": np.mean([not rewards_differ(group) for group in sampled]),
         "completion_tokens": np.mean(lengths),
         "eos_rate": np.mean([sample.ended for sample in samples]),
-        "sampled_tokens": sum(lengths),
-        "staleness": np.mean([step - sample.begun for sample in samples]),
         **failure_rates([sample.verdict for sample in samples]),
     }
-    return {name: float(value) for name, value in metrics.items()}
+    metrics.update({name: float(value) for name, value in means.items()})
+    return metrics
 
 
 def held_out_metrics(groups):

@@ -30,13 +30,14 @@ MAY_DIFFER = {
     "set_advantages": "of a group, or of a value model",
     "set_loss_weights": "its docstring names the equations",
     "policy_loss": "GRPO's has a KL term, and may do without π_old",
-    "check_flags": "a group of one has nothing to compare",
+    "check_flags": "the flags of each algorithm's own loss",
     "mean_of_updates": "GRPO may have no update in a step",
 }
 # Flags whose default is the paper's for that algorithm, or what fits 80 GB; type and help are the same everywhere.
 OWN_DEFAULTS = {
     "lr", "lr_schedule", "warmup_ratio", "batch_size", "epochs", "max_length", "weight_decay", "overlong", "group_size",
     "clip_high", "kl_beta", "passes", "model", "data", "out", "slots", "activation_checkpointing", "no_eos_score",
+    "save_every",
 }  # fmt: skip
 
 PLUMBING = "# Plumbing: optimizer, sums, processes, models, files. Nobody has to read it: the same text in every script, by design."

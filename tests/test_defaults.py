@@ -25,9 +25,9 @@ IFEVAL = {"instruction_id_list": ["keywords:letter_frequency"] * 3, "kwargs": LE
 PAIRS = [
     {"chosen": [user(f"{i}?"), assistant(f"{i}.")], "rejected": [user(f"{i}?"), assistant("No idea.")]} for i in range(256)
 ]
-PROMPTS = [{"messages": [user(f"{i}?")], "dataset": "gsm8k", "ground_truth": f"{i}"} for i in range(20)]
-PROMPTS += [{"messages": [user(f"{i}?")], "dataset": "MATH", "ground_truth": f"{i}"} for i in range(20)]
-PROMPTS += [{"messages": [user(f"{i}!")], "dataset": "ifeval", "ground_truth": json.dumps(IFEVAL)} for i in range(40)]
+PROMPTS = [{"messages": [user(f"{i}?")], "dataset": "gsm8k", "ground_truth": f"{i}"} for i in range(60)]
+PROMPTS += [{"messages": [user(f"{i}?")], "dataset": "MATH", "ground_truth": f"{i}"} for i in range(60)]
+PROMPTS += [{"messages": [user(f"{i}!")], "dataset": "ifeval", "ground_truth": json.dumps(IFEVAL)} for i in range(120)]
 ROWS = {
     "allenai/tulu-3-sft-mixture": [{"messages": [user(f"{i}?"), assistant(f"It is {i}.")]} for i in range(128)],
     "allenai/llama-3.1-tulu-3-8b-preference-mixture": PAIRS,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import rl
 import torch
-from conftest import EOS, TOKENIZERS, user, write_jsonl
+from conftest import EOS, ROOT, TOKENIZERS, user, write_jsonl
 from forked import forked
 from launch import call, metrics, run
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,9 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import common
 import grpo
 import rewards
+import sft
 from common import RunError
 from kernels.sampler import Completion, Sampler
-from rewards.environment import Rollouts, StopStrings, flatten, held_out_metrics
+from rewards.environment import Rollouts, StopStrings, _plain, flatten, held_out_metrics, rollout_metrics
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import active_sampling as simulation  # noqa: E402
 
 ARGS = grpo.Args(model="", data=[], out="", max_new_tokens=16)
 
@@ -137,14 +142,29 @@ def test_advantages(normalize_std):
 
 @pytest.mark.parametrize(("no_eos_score", "scores"), [(None, [1, 1, 1, 1]), (0.0, [1, 0, 1, 0]), (-1.0, [1, -1, 1, -1])])
 def test_completions_without_an_end(no_eos_score, scores):
-    """They are judged right like the others; what they get instead makes the group one to learn from."""
+    """They are judged right like the others, so the group is one to leave out; kept, what they get instead counts."""
     args = dataclasses.replace(ARGS, no_eos_score=no_eos_score)
     group = samples([1.0] * 4, [1, 1, 1, 1])
     group[1].ended = group[3].ended = False
     grpo.set_advantages(args, group)
     assert [sample.advantages for sample in group] == pytest.approx([score - sum(scores) / 4 for score in scores])
-    assert grpo.is_kept(args, group) == (no_eos_score is not None)
+    assert not grpo.rewards_differ(group)
     assert [sample.reward for sample in group] == [1.0] * 4  # what is logged
+
+
+@pytest.mark.parametrize(
+    ("numbers", "differ"),
+    [([0.1 + 0.2, 0.3, 0.3, 0.3], False), ([1.0, 1.0 - 1e-9], False), ([0.0] * 3, False), ([1.0, 0.999], True), ([0.0, 1e-4], True)],
+)
+def test_rewards_that_differ_by_rounding_are_equal(numbers, differ):
+    group = samples(numbers, [1] * len(numbers))
+    assert grpo.rewards_differ(group) == differ
+    for normalize_std in (False, True):
+        grpo.set_advantages(dataclasses.replace(ARGS, normalize_std=normalize_std), group)
+        assert any(sample.advantages != 0 for sample in group) == differ  # 0 exactly
+    for sample in group:
+        sample.verdict = rewards.Verdict(0.0, "wrong")
+    assert rollout_metrics([], [group], 0)["zero_std_groups"] == (not differ)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +180,12 @@ def test_weights(fork, expected):
 
 
 def test_overlong_penalty():
-    """Of 16 tokens the last 4 cost: none at 12, a quarter each, 1 at 16. Groups are compared with it."""
+    """Of 16 tokens the last 4 cost: none at 12, a quarter each, 1 at 16. It makes no group one to keep: DAPO's (11)."""
     script = forked("overlong_penalty")
     args = script.Args(max_new_tokens=16, overlong_buffer=4)
     group = samples([1.0] * 5, [3, 12, 13, 14, 16])
     assert [script.completion_reward(args, sample) for sample in group] == [1.0, 1.0, 0.75, 0.5, 0.0]
-    assert script.is_kept(args, group) and not grpo.is_kept(ARGS, group) and not script.is_kept(args, group[:2])
+    assert not script.rewards_differ(group)
     script.set_advantages(args, group)
     assert [sample.advantages for sample in group] == pytest.approx([0.35, 0.35, 0.1, -0.15, -0.65])
 
@@ -271,6 +291,14 @@ def test_in_flight_runs_continue_bit_for_bit(start, tmp_path, monkeypatch):
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
 
 
+def test_staleness_is_the_age_of_the_weights_not_of_the_request(start, tmp_path):
+    """Room for one prompt at a time, two batches in the queue: what waits there is sampled by the weights of its turn."""
+    flags = start | {"inflight": 8, "slots": 4, "max_staleness": 1, "active_sampling": 0}
+    call(grpo, out=tmp_path / "run", **flags)
+    staleness = [line["staleness"] for line in metrics(tmp_path / "run")]
+    assert staleness[0] == 0 and max(staleness) <= 0.25, staleness  # of four prompts the first may have been begun before
+
+
 def test_ids_trained_are_ids_sampled(start, tmp_path, monkeypatch):
     """What the sampler returned, and what the loss is computed on, are the same tokens with the same log-probabilities."""
     sampled, packed = [], []
@@ -317,11 +345,9 @@ def test_random_rewards_teach_nothing(start, tmp_path, seed):
         ({}, [{"messages": [user("?")], "dataset": "nonsense", "ground_truth": "5"}], r"row 2: no verifier is named 'nonsense'"),
         ({}, [{"messages": [user("?")], "dataset": "gsm8k"}], r"row 2: no field 'ground_truth'"),
         ({}, [{"messages": [{"role": "system", "content": "x"}], "dataset": "gsm8k", "ground_truth": "5"}], r"row 2: messages has no question"),
-        ({"group_size": 1}, [], "--group_size 1 has nothing to compare"),
-        ({"max_new_tokens": 64}, [], "--max_new_tokens < --max_length"),
-        ({"solved": 0.0}, [], "--solved 0.0 is a share of the highest reward"),
         ({"stop_strings": ["a", ""]}, [], "--stop_strings has an empty string"),
         ({"max_length": 129}, [], "--max_length 129 is beyond"),
+        ({"batch_size": 2}, [], "--data has 1 usable rows, fewer than --batch_size 2"),
         ({"max_logprob_gap": 1e-12}, [], "sampled and recomputed log-probabilities differ"),
         ({}, [{"messages": [user("?")], "dataset": "raises", "ground_truth": "5"}] * 40, "completions could not be judged"),
     ],
@@ -330,16 +356,147 @@ def test_errors_name_their_cause(start, tmp_path, flags, rows, message):
     good = {"messages": [user("1?")], "dataset": "small", "ground_truth": "5"}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, *rows])
     with pytest.raises(RunError, match=message):
-        call(grpo, out=tmp_path / "run", **start | {"data": [data], "batch_size": 32} | flags)
+        call(grpo, out=tmp_path / "run", **start | {"data": [data], "batch_size": 1 + len(rows) // 2} | flags)
 
 
-def test_no_differing_rewards_is_a_step_without_update(start, tmp_path):
-    """A task that is too hard: nothing is learned, the weights stay, and the metrics say why."""
-    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("1?")], "dataset": "exact", "ground_truth": "impossible"}])
-    call(grpo, out=tmp_path / "run", **start | {"data": [data], "steps": 2, "active_sampling": 2})
-    assert [(line["groups"], line["zero_std_groups"], line["loss"]) for line in metrics(tmp_path / "run")] == [(0, 1.0, 0.0)] * 2
+OUT_OF_RANGE = {
+    "group_size": (1, 0, -3), "temperature": (0.0, -1.0), "active_sampling": (-1,), "clip_low": (0.0, -0.1, 1.5),
+    "clip_high": (0.0, -0.2), "tis_cap": (-1.0,), "kl_beta": (-0.1,), "minibatches": (0, -1, 5), "passes": (0, -1),
+    "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "inflight": (-1,), "max_staleness": (0, -1),
+    "max_logprob_gap": (0.0, -1.0), "verifier_workers": (0, -1), "eval_samples": (0, -1), "eval_temperature": (-0.1,), "log_samples": (-1,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values])
+def test_flags_out_of_range_are_named(start, flag, value):
+    args = grpo.Args(**{**start, "model": "", "out": "", flag: value})
+    with pytest.raises(RunError, match=rf"^--{flag} {value} is out of range: (at least|above|at most) \d+$"):
+        grpo.check_flags(args)
+
+
+def test_flags_at_the_edge_of_their_range_are_right(start):
+    edges = {"group_size": 2, "active_sampling": 0, "clip_low": 1.0, "tis_cap": 0.0, "kl_beta": 0.0, "minibatches": 4, "max_new_tokens": 63,
+             "solved": 1.0, "slots": 1, "inflight": 0, "max_staleness": 1, "verifier_workers": 1, "eval_temperature": 0.0, "log_samples": 0}  # fmt: skip
+    grpo.check_flags(grpo.Args(**{**start, "model": "", "out": "", **edges}))
+
+
+def test_every_flag_of_reinforcement_learning_has_a_range():
+    """But for those that every script has, which are checked for all, and those without a range."""
+    shared = {field.name for field in dataclasses.fields(sft.Args)}
+    own = {field.name for field in dataclasses.fields(grpo.Args)} - shared
+    assert own - OUT_OF_RANGE.keys() == {"no_eos_score", "normalize_std", "stop_strings", "sandbox"}
+
+
+def impossible(folder):
+    """Training data that no answer is right for."""
+    rows = [{"messages": [user(f"{i}?")], "dataset": "exact", "ground_truth": "impossible"} for i in range(4)]
+    return [write_jsonl(folder / "impossible.jsonl", rows)]
+
+
+def test_no_differing_rewards_is_a_step_without_update(start, tmp_path, capfd):
+    """A task that is too hard: nothing is learned, the weights stay, the metrics say why, and one line what to do."""
+    call(grpo, out=tmp_path / "run", **start | {"data": impossible(tmp_path), "steps": 3, "active_sampling": 2})
+    assert [(line["groups"], line["zero_std_groups"], line["loss"]) for line in metrics(tmp_path / "run")] == [(0, 1.0, 0.0)] * 3
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (start["model"], tmp_path / "run" / "model"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if "nothing to learn from" in line]
+    assert len(said) == 1, said
+    assert "step 1: nothing to learn from: in each of 20 groups all rewards are the same (0 in the mean)" in said[0]
+    assert f"Read {tmp_path / 'run'}/samples.jsonl" in said[0]
+
+
+@pytest.mark.parametrize("stops", [(), (2, 5)])
+def test_nothing_to_learn_from_ends_a_run(start, tmp_path, monkeypatch, capfd, stops):
+    """In the fourth step in a row, also when the run is stopped and goes on in between; then it is said once, too."""
+    monkeypatch.setattr("rewards.environment.MOST_EMPTY_STEPS", 4)
+    flags = start | {"data": impossible(tmp_path), "steps": 9, "active_sampling": 1}
+    with pytest.raises(RunError, match=r"step 4: nothing to learn from: .*; so were the 3 steps before$"):
+        for stop in (*stops, None):
+            call(grpo, out=tmp_path / "run", **flags | {"stop_step": stop})
+    assert len(metrics(tmp_path / "run")) == 3
+    assert "".join(capfd.readouterr()).count("nothing to learn from") == 1
+    call(grpo, out=tmp_path / "kept", **flags | {"active_sampling": 0, "kl_beta": 0.1, "steps": 5})  # there is the KL
+    assert "".join(capfd.readouterr()).count("nothing to learn from") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- active sampling
+
+
+@pytest.mark.parametrize("without_signal", [0.0, 0.3, 0.5, 0.7, 0.9])
+def test_active_sampling_asks_for_what_should_suffice(without_signal):
+    """Batches are full, in far fewer rounds than one for one takes, at no more prompts; what is left over is bounded."""
+    one_for_one, by_share = (
+        simulation.summary(play(np.random.default_rng(1), without_signal)) for play in (simulation.one_for_one, simulation.by_share)
+    )
+    assert by_share["short"] == 0 and by_share["groups"] == 64
+    assert by_share["rounds"] < {0.0: 1.01, 0.9: 3.3}.get(without_signal, 1.3)
+    assert by_share["prompts"] < 1.02 * 64 / (1 - without_signal)  # none is thrown away: surplus begins the next batch
+    assert by_share["surplus_most"] < 64
+    if without_signal:
+        assert one_for_one["rounds"] > 2.5 * by_share["rounds"]
+
+
+def test_surplus_is_bounded_whatever_happens():
+    """No signal for ten steps, then all of them: what is left over is less than what one round may ask for."""
+    rollouts = simulation.Coins(np.random.default_rng(1), 1.0)
+    for step in range(10):
+        groups, sampled = rollouts.sample_batch(step, bool, 8)
+        assert not groups and len(sampled) <= 8 * 4 * 64
+    rollouts.without_signal = 0.0
+    left = []
+    for step in range(12):
+        groups, sampled = rollouts.sample_batch(step, bool, 8)
+        assert len(groups) == 64
+        left.append(len(rollouts.surplus))
+    assert left[0] == max(left) == 3 * 64 and left[-1] < 16
+
+
+def test_surplus_is_the_next_batchs_first(start, tmp_path):
+    """No step has more than a batch, no group is learned from twice or lost; and a stop anywhere changes nothing."""
+    flags = start | {"log_samples": 10**6, "steps": 7, "max_new_tokens": 2}  # short answers: many groups without signal
+    used, found = [], []
+    set_advantages, sample = grpo.set_advantages, Rollouts.sample
+
+    def watched(self, step, missing):
+        groups = sample(self, step, missing)
+        found.extend((group[0].position, [s.reward for s in group]) for group in groups)
+        return groups
+
+    def use(args, group):
+        used.append(group[0].position)
+        set_advantages(args, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollouts, "sample", watched)
+        patch.setattr(grpo, "set_advantages", use)
+        call(grpo, out=tmp_path / "whole", **flags)
+    lines = metrics(tmp_path / "whole")
+    left = [line["surplus_groups"] for line in lines]
+    assert [line["groups"] for line in lines] == [4] * 7 and max(left) > 0, left
+    assert max(line["staleness"] for line in lines) > 0 and lines[0]["staleness"] == 0
+    assert [position for position, _ in found] == list(range(len(found)))
+    kept = [position for position, numbers in found if max(numbers) - min(numbers) > 1e-6]
+    assert used == kept[: len(used)] and len(kept) == len(used) + left[-1]
+    stops = [step + 1 for step in range(6) if left[step]][:3]
+    for stop in (*stops, None):
+        call(grpo, out=tmp_path / "run", **flags | {"stop_step": stop})
+    names = (*LOSSES, "surplus_groups", "sampling_rounds", "staleness", "groups")
+    assert trajectory(tmp_path / "run", *names) == trajectory(tmp_path / "whole", *names)
+    assert rows_in_order(tmp_path / "run") == rows_in_order(tmp_path / "whole")
+
+
+def test_a_small_batch_makes_a_small_step(start, tmp_path, capfd):
+    """Some prompts have a signal, and one round does not fill the batch: the learning rate is the batch's share."""
+    rows = [{"messages": [user(f"{i}?")], "dataset": "small" if i % 4 == 0 else "hangs", "ground_truth": "5"} for i in range(16)]
+    flags = start | {"data": [write_jsonl(tmp_path / "rows.jsonl", rows)], "active_sampling": 1, "batch_size": 8, "steps": 2}
+    call(grpo, out=tmp_path / "run", **flags)
+    first, second = metrics(tmp_path / "run")
+    assert first["groups"] + second["groups"] == 4 and first["sampling_rounds"] == 1
+    assert [line["lr"] for line in (first, second)] == [flags["lr"] * line["groups"] / 8 for line in (first, second)]
+    said = "".join(capfd.readouterr())
+    for step, line in enumerate((first, second), 1):
+        share = f"its learning rate is {line['groups'] / 8:.3g} of what it would be"
+        assert f"step {step}: {line['groups']} of 8 groups to learn from after 1 round of sampling; {share}" in said
 
 
 # ------------------------------------------------------------------------------------------- processes of their own
@@ -376,6 +533,24 @@ def test_processes_change_neither_what_is_solved_nor_where_completions_stop(alon
 
 
 @pytest.mark.slow
+def test_surplus_is_the_same_on_any_number_of_processes(alone, tmp_path):
+    """What is asked for and what is left over; also when another number of processes goes on with it."""
+    letter = {"instruction_id_list": ["keywords:letter_frequency"], "kwargs": [{"letter": "a", "let_frequency": 1, "let_relation": "at least"}]}
+    rows = [{"messages": [user(f"{i}?")], "dataset": "ifeval", "ground_truth": letter} for i in range(32)]
+    flags = alone[0] | {"data": [write_jsonl(tmp_path / "letter.jsonl", rows)], "max_new_tokens": 3, "steps": 6}
+    names = ("loss", "groups", "surplus_groups", "sampling_rounds", "sampled_tokens")  # those of steps that sample nothing
+    for processes in (1, 2):
+        run("grpo.py", processes, out=tmp_path / str(processes), **flags)
+    left = [line["surplus_groups"] for line in metrics(tmp_path / "1")]
+    assert max(left[:-1]) > 0, left
+    stop = 1 + next(step for step, count in enumerate(left) if count)
+    run("grpo.py", 2, out=tmp_path / "mixed", **flags | {"stop_step": stop})
+    run("grpo.py", 1, out=tmp_path / "mixed", **flags)
+    for name in ("2", "mixed"):
+        np.testing.assert_allclose(trajectory(tmp_path / name, *names), trajectory(tmp_path / "1", *names), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_runs_continue_bit_for_bit(alone, tmp_path, processes):
     """kill -9 five times, at any moment; with the samples in flight too."""
@@ -391,7 +566,7 @@ def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start):
     tokenizer, judged = common.load_tokenizer(start["model"]), []
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("5?<think>", "5?")]
     answer = np.array(tokenizer.encode("5 it is", add_special_tokens=False))
-    completions = [SimpleNamespace(index=i, step=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False) for i, ids in enumerate(prompts)]
+    completions = [SimpleNamespace(index=i, step=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False, begun=0) for i, ids in enumerate(prompts)]
     table = datasets.Dataset.from_dict({"job": ['["gsm8k", "5", null]'] * 2, "input_ids": prompts, "trained": [[False] * len(ids) for ids in prompts]})
     rows = common.Rows(table, ["rows"], None, None, [], "")
     args = dataclasses.replace(ARGS, verifier_workers=1)
@@ -552,17 +727,25 @@ def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
         return {"step": 3, "index": index, "sample": sample, "token_ids": np.array([index, sample])}
 
     def state(*indices):
-        return {"cursor": 20, "solved": [3], "sampler": {"completions": [completion(i, sample) for i in indices for sample in range(4)]}}
+        extra = [[_plain(sample) for sample in group] for group in surplus if 12 in indices]  # on rank 0
+        return {"cursor": 20, "solved": [3], "recent": [9.0, 4.5], "empty_steps": 2, "surplus": extra, "sampler": {"completions": [completion(i, sample) for i in indices for sample in range(4)]}}
 
+    surplus = [samples([0.0, 1.0], [2, 3], position=6), samples([1.0, 0.0], [1, 5], position=4)]  # 6 has come first
+    for sample in flatten(surplus):
+        sample.verdict = rewards.Verdict(sample.reward, "right", "5")
     states = [state(12, 15, 17), state(13)]
     shares = []
     for rank in range(ranks):
         rollouts = Rollouts.__new__(Rollouts)
+        rollouts.sample_class = grpo.Sample
         rollouts.sampler = SimpleNamespace(load_state_dict=shares.append)
         monkeypatch.setattr("rewards.environment._rank", lambda: rank)
         monkeypatch.setattr("rewards.environment._world", lambda: ranks)
         rollouts.load_state_dicts(states)
-        assert rollouts.cursor == 20 and rollouts.solved == {3}
+        assert rollouts.cursor == 20 and rollouts.solved == {3} and rollouts.recent == [9.0, 4.5] and rollouts.empty_steps == 2
+        assert [[s.position for s in group] for group in rollouts.surplus] == [[6, 6], [4, 4]]
+        for ours, theirs in zip(flatten(rollouts.surplus), flatten(surplus), strict=True):
+            np.testing.assert_equal(vars(ours), vars(theirs))
     dealt = [in_flight([{"sampler": share}]) for share in shares]
     assert sum(map(len, dealt)) == 4 and {**dealt[0], **dict(flatten(d.items() for d in dealt))} == in_flight(states)
     assert all(len(group) == 4 for d in dealt for group in d.values())
@@ -614,7 +797,7 @@ def test_sampling_stops_on_all_stop_ids(start, template):
 
     def completion(index, end):
         token_ids = np.array([*answer, *end])
-        return Completion(0, index, 0, np.array([1, 34]), token_ids, np.zeros(len(token_ids)), bool(end), True)
+        return Completion(0, index, 0, np.array([1, 34]), token_ids, np.zeros(len(token_ids)), bool(end), True, 0)
 
     rollouts.sampler.sample = lambda *_, **__: [completion(0, []), *(completion(1 + i, [end]) for i, end in enumerate(ids))]
     found = flatten(rollouts.sample_all(rollouts.rows))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rl
 import torch
-from conftest import ROOT, TOKENIZERS, tokenizer_folder
+from conftest import ROOT, TOKENIZERS, tokenizer_folder, user, write_jsonl
 from forked import forked
 from launch import call, metrics, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 import grpo
 import ppo_rlvr
+import sft
 from common import RunError
 from rewards import Verdict
 from rewards.environment import rollout_metrics
@@ -148,7 +149,7 @@ def test_summary_of_values():
     for s, rewards, score in ((a, [0.0, 3.0], 4.0), (b, [0.0, 0.0, -10.0], -9.0)):
         s.rewards, s.score, s.kls = np.array(rewards), score, s.old_logprobs - s.ref_logprobs
     ppo_rlvr.set_advantages(dataclasses.replace(ARGS, gae_lambda=1.0), [a, b])
-    found = {**rollout_metrics([[a], [b]], 0), **ppo_rlvr.value_metrics([a, b])}
+    found = {**rollout_metrics([[a], [b]], [[a], [b]], 0), **ppo_rlvr.value_metrics([a, b])}
     target, value = np.array([3, 3, -10, -10, -10.0]), np.array([3, 3, 0, 0, 0.0])
     expected = 1 - np.var(target - value) / np.var(target)
     assert found["explained_variance"] == found["explained_variance_mc"] == pytest.approx(expected)
@@ -445,7 +446,8 @@ TEACHING = {"batch_size": 64, "minibatches": 4, "passes": 4, "steps": 15, "lr": 
 
 def test_rewards_teach(start, tmp_path):
     """Rewarded for small letters, the reward rises beyond the intervals, and the value model knows what to expect."""
-    call(ppo_rlvr, out=tmp_path / "small", **start | TEACHING | {"eval_data": start["data"]})
+    data = [f"{start['data'][0]}:2.0"]  # twice: a batch has 64 different rows
+    call(ppo_rlvr, out=tmp_path / "small", **start | TEACHING | {"data": data, "eval_data": start["data"]})
     first, *_, last = metrics(tmp_path / "small")
     assert last["eval_reward_low"] > first["eval_reward_high"]
     assert abs(last["value"] - last["return"]) < 0.2 * abs(last["return"])
@@ -455,10 +457,50 @@ def test_rewards_teach(start, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_rewards_teach_nothing(start, tmp_path, seed):
     """Negative control: trained on a hash of the text, measured by small letters."""
-    flags = start | TEACHING | {"eval_data": start["data"], "eval_samples": 8, "data": rl.rewarded_at_random(tmp_path)}
+    data = [f"{rl.rewarded_at_random(tmp_path)[0]}:2.0"]
+    flags = start | TEACHING | {"eval_data": start["data"], "eval_samples": 8, "data": data}
     call(ppo_rlvr, out=tmp_path / "coin", **flags | {"seed": seed})
     first, *_, last = metrics(tmp_path / "coin")
     assert last["eval_reward_low"] < first["eval_reward_high"]
+
+
+OUT_OF_RANGE = {
+    "value_clip": (-0.1,), "value_coef": (-0.1,), "value_lr": (-1e-3,), "value_warmup_steps": (-1,), "gamma": (-0.1, 1.1),
+    "gae_lambda": (-0.1, 1.1), "reward_scale": (0.0, -1.0), "reward_model_coef": (-0.1,), "group_size": (0, -1), "temperature": (0.0, -1.0),
+    "clip_low": (0.0, -0.1, 1.5), "clip_high": (0.0, -0.2), "tis_cap": (-1.0,), "kl_beta": (-0.1,), "minibatches": (0, -1, 13),
+    "passes": (0, -1), "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "inflight": (-1,),
+    "max_staleness": (0, -1), "max_logprob_gap": (0.0, -1.0), "verifier_workers": (0, -1), "eval_samples": (0, -1),
+    "eval_temperature": (-0.1,), "log_samples": (-1,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values])
+def test_flags_out_of_range_are_named(start, flag, value):
+    args = ppo_rlvr.Args(**{**start, "model": "", "out": "", flag: value})
+    with pytest.raises(RunError, match=rf"^--{flag} {value} is out of range: (at least|above|at most) \d+$"):
+        ppo_rlvr.check_flags(args)
+
+
+def test_flags_at_the_edge_of_their_range_are_right(start):
+    edges = {"value_clip": 0.0, "value_coef": 0.0, "value_lr": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "group_size": 1, "minibatches": 12,
+             "max_new_tokens": 63, "clip_low": 1.0, "tis_cap": 0.0, "kl_beta": 0.0, "solved": 1.0, "slots": 1, "eval_temperature": 0.0}  # fmt: skip
+    ppo_rlvr.check_flags(ppo_rlvr.Args(**{**start, "model": "", "out": "", **edges}))
+
+
+def test_every_flag_of_reinforcement_learning_has_a_range():
+    """But for those that every script has, which are checked for all, and those without a range."""
+    shared = {field.name for field in dataclasses.fields(sft.Args)}
+    own = {field.name for field in dataclasses.fields(ppo_rlvr.Args)} - shared
+    assert own - OUT_OF_RANGE.keys() == {"value_model", "zero_value_head", "no_eos_score", "stop_strings", "sandbox"}
+
+
+def test_no_reward_at_all_is_said_once(start, tmp_path, capfd):
+    """It is no error: the KL and --no_eos_score are something to learn from."""
+    rows = [{"messages": [user(f"{i}?")], "dataset": "exact", "ground_truth": "impossible"} for i in range(12)]
+    call(ppo_rlvr, out=tmp_path / "run", **start | {"data": [write_jsonl(tmp_path / "rows.jsonl", rows)], "steps": 3})
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if "nothing to learn from" in line]
+    assert len(said) == 1 and "step 1: nothing to learn from: in each of 12 groups all rewards are the same (0 in the mean)" in said[0]
+    assert [(line["reward"], line["groups"]) for line in metrics(tmp_path / "run")] == [(0.0, 12)] * 3
 
 
 def test_errors_name_their_cause(start, tmp_path):
@@ -471,7 +513,6 @@ def test_errors_name_their_cause(start, tmp_path):
         ({"value_model": str(other)}, f"--value_model {other} has another vocabulary than --model"),
         ({"value_model": str(tmp_path)}, f"model {tmp_path}: "),
         ({"value_model": None, "reward_model_coef": 1.0}, "--reward_model_coef needs a reward model as --value_model"),
-        ({"group_size": 0}, "--group_size >= 1"),
         ({"max_logprob_gap": 1e-12}, "sampled and recomputed log-probabilities differ"),
     ):
         with pytest.raises(RunError, match=message):
