@@ -249,7 +249,7 @@ def train(args, part, name, size, work, out):
         if part == "sft":
             settings.max_length = 256 if args.dry else 8192  # of a packed block
         benchmark.run_trl(settings, out, *theirs, clock_out, **options)
-    steps = [json.loads(line) for line in open(clock_out / "steps.jsonl")]
+    steps = [json.loads(line) for line in open(clock_out / "steps.log")]
     timed = steps[min(args.warmup, (len(steps) + 1) // 2) :]  # of GRPO's three, the last
     rates = [step["tokens"] / step["seconds"] for step in timed]
     result = {"seconds_per_step": statistics.median(step["seconds"] for step in timed), "steps": len(timed),

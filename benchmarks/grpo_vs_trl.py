@@ -264,7 +264,7 @@ def main(args):
                     out = work / f"{setting} {name} {number}"
                     out.mkdir()
                     memory.setdefault((setting, name), []).append(run(args, [*child, name, setting, str(out)], work))
-                    steps = [json.loads(line) for line in open(out / "steps.jsonl")]
+                    steps = [json.loads(line) for line in open(out / "steps.log")]
                     runs.setdefault((setting, name), []).append(steps)
                     keys = ("seconds", "cpu_seconds", "rollout_seconds")
                     wall, cpu, rollout = (statistics.mean(s[key] for s in steps[args.warmup :]) for key in keys)

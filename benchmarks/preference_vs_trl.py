@@ -264,7 +264,7 @@ def main(args):
             out = work / f"{name} {len(runs.setdefault(name, []))}"
             out.mkdir()
             memory.setdefault(name, []).append(run(args, [*child, name, str(out)], work))
-            runs[name].append([json.loads(line) for line in open(out / "steps.jsonl")])
+            runs[name].append([json.loads(line) for line in open(out / "steps.log")])
             steps = runs[name][-1][args.warmup :]
             seconds, cpu = (sum(step[key] for step in steps) / len(steps) for key in ("seconds", "cpu_seconds"))
             print(f"{len(runs[name])}  {name:22} {seconds:6.3f} s/step, {cpu:6.3f} s of CPU time,"

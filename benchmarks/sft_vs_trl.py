@@ -125,10 +125,10 @@ def train_tokenizer(texts):
 
 
 class Clock:
-    """Times steps and writes them, one JSON object a line, to steps.jsonl. Waits for the GPU where there is one."""
+    """Times steps and writes them, one JSON object a line, to steps.log. Waits for the GPU where there is one."""
 
     def __init__(self, out):
-        self.file = open(out / "steps.jsonl", "w")
+        self.file = open(out / "steps.log", "w")
         self.start()
 
     def start(self):
@@ -309,7 +309,7 @@ def main(args):
                 out = work / f"{name} {number}"
                 out.mkdir()
                 memory[name].append(run(args, [*child, name, str(out)], work))
-                runs[name].append([json.loads(line) for line in open(out / "steps.jsonl")])
+                runs[name].append([json.loads(line) for line in open(out / "steps.log")])
                 steps = runs[name][-1][args.warmup :]
                 seconds, cpu = (sum(step[key] for step in steps) / len(steps) for key in ("seconds", "cpu_seconds"))
                 print(f"round {number + 1}  {name:20} {seconds:6.3f} s/step, {cpu:6.3f} s of CPU time", flush=True)

@@ -2,13 +2,21 @@
 
 import contextlib
 import json
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
+
+import common
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +55,66 @@ def run(script, processes=1, expect=0, env=None, **options):
     return stdout, stderr
 
 
+def quick(script, timeout=120, env=None, kill_when=None, **flags):
+    """As `run` with one process, in a fork of this one, which has imported what scripts import.
+
+    The bits may differ from those of `run`: what PORTABLE says of instructions comes too late for a fork.
+
+    Args:
+        kill_when: kill -9 as soon as this function of no arguments returns True.
+
+    Returns:
+        (exit code, negative where a signal ended it; stdout; stderr).
+    """
+    import ppo_rlvr  # noqa: F401 (what scripts import: once for all forks, and only for tests that fork)
+
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        pid = os.fork()
+        if pid == 0:
+            _become(command(script, 1, flags)[1:], PORTABLE | (env or {}), stdout, stderr)
+        end = time.monotonic() + timeout
+        late = False
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            late = time.monotonic() > end
+            if late or (kill_when and kill_when()):
+                os.kill(pid, signal.SIGKILL)
+                ended = os.waitpid(pid, 0)
+                break
+            time.sleep(0.002)
+        texts = [(file.seek(0), file.read().decode())[1] for file in (stdout, stderr)]
+    assert not late, f"not finished after {timeout} s\n{texts[0]}\n{texts[1]}"
+    return os.waitstatus_to_exitcode(ended[1]), *texts
+
+
+def _become(argv, env, stdout, stderr):
+    """Turns this process, a fork, into `python argv ...`. Does not return."""
+    code = 1
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+        logging.getLogger().handlers.clear()  # pytest's
+        for handler in filter(None, (reference() for reference in logging._handlerList)):
+            if type(handler) is logging.StreamHandler:  # of libraries that found the test's stderr
+                handler.setStream(sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        os.environ.update(env)
+        os.chdir(ROOT)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 def metrics(out):
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
@@ -58,11 +126,20 @@ def trace(out):
 
 def call(module, **flags):
     """A whole run in this process, which saves the imports."""
-    try:
-        module.main(module.Args(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}))
-    finally:
-        if dist.is_initialized():  # it stopped with an error
-            dist.destroy_process_group()
+    locks = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.MonkeyPatch.context() as patch:
+        lock_run = common.lock_run
+        patch.setattr(common, "lock_run", lambda out: locks.append(lock_run(out)) or locks[-1])
+        try:
+            module.main(module.Args(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}))
+        finally:  # what else ends with the process
+            for lock, _ in locks:
+                lock.release()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if dist.is_initialized():  # it stopped with an error
+                dist.destroy_process_group()
 
 
 def children(pid):

@@ -45,7 +45,7 @@ for family, tied in (("llama", True), ("gemma3", False)):
         AutoModelForCausalLM.from_config(tiny_config(family, 128, tied)).save_pretrained(path)
 
     sft.on_rank0(make)
-    config = sft.load_config(args)
+    config = common.load_config(args)
     policy = sft.load_model(args, config, AutoModelForCausalLM, sft.Policy, device, mesh)
     optimizer = sft.make_optimizer(args, policy)
     sampler = Sampler(config, 3, 64, EOS, device)

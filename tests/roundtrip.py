@@ -87,10 +87,10 @@ for family in ("llama", "qwen3", "olmo3", "gemma2", "gemma3"):
             AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
 
         sft.on_rank0(make)
-        policy = sft.load_model(args, sft.load_config(args), AutoModelForCausalLM, sft.Policy, device, mesh)
+        policy = sft.load_model(args, common.load_config(args), AutoModelForCausalLM, sft.Policy, device, mesh)
         optimizer = sft.make_optimizer(args, policy)
         plain = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="eager")
-        check_logprobs(family, sft.load_config(args), plain)
+        check_logprobs(family, common.load_config(args), plain)
         reference = torch.optim.AdamW(plain.parameters(), lr=args.lr, betas=args.adam_betas, weight_decay=0.0)
         for _ in range(3):
             loss = policy(common.pack([sequence], device)) / trained.sum()  # the same on both ranks

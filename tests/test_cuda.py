@@ -210,7 +210,7 @@ def test_master_weights_are_float32_and_computation_is_bf16(start, monkeypatch):
     args = sft.Args(**{k: str(v) if k == "model" else v for k, v in start.items()}, out="", attn="packed_loop")
     device, mesh = sft.setup_distributed(args)
     try:
-        policy = sft.load_model(args, sft.load_config(args), AutoModelForCausalLM, sft.Policy, device, mesh)
+        policy = sft.load_model(args, common.load_config(args), AutoModelForCausalLM, sft.Policy, device, mesh)
         optimizer = sft.make_optimizer(args, policy)
         policy(common.pack([(np.arange(9), np.arange(9) > 3)], device)).backward()
         optimizer.step()
@@ -287,7 +287,7 @@ def test_weights_change_places_and_come_back(start):
     args = ppo_rlvr.Args(**{k: str(v) if k == "model" else v for k, v in start.items()}, out="")
     device, mesh = ppo_rlvr.setup_distributed(args)
     try:
-        policy = ppo_rlvr.load_model(args, ppo_rlvr.load_config(args), AutoModelForCausalLM, ppo_rlvr.Policy, device, mesh).eval()
+        policy = ppo_rlvr.load_model(args, common.load_config(args), AutoModelForCausalLM, ppo_rlvr.Policy, device, mesh).eval()
         other = [shard + 1.0 for shard in ppo_rlvr.weights_on_host(policy)]
         before, microbatch = ppo_rlvr.weights_on_host(policy), common.pack([(np.arange(9), np.arange(9) > 3)], device)
         with torch.no_grad():
