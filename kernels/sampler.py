@@ -132,12 +132,13 @@ class Sampler:
         config: the transformers configuration of the policy.
         slots: sequences decoded at a time. max_length: most tokens of prompt and completion together.
         eos_ids: tokens that end a completion. device: where to decode, a torch.device or its name.
+        never: ids that are not drawn, although the model gives them a probability (and their share stays in (2)).
 
     Raises:
         ValueError: a model with features that are not supported, max_length beyond its positions, or too little memory.
     """
 
-    def __init__(self, config, slots, max_length, eos_ids, device):
+    def __init__(self, config, slots, max_length, eos_ids, device, never=()):
         self.device = torch.device(device)
         _check_config(config, max_length)
         self.config = config
@@ -159,6 +160,7 @@ class Sampler:
         self.logprobs = torch.zeros(slots, max_length, device=self.device)
         self.state = torch.zeros(slots, COLUMNS, dtype=torch.int32, device=self.device)
         self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
+        self.never = torch.tensor(sorted(never), dtype=torch.int64, device=self.device)
 
         # On the host.
         self.groups = {}
@@ -474,7 +476,7 @@ class Sampler:
         hidden = self._hidden(ids[:, None], positions[:, None])[:, 0]  # (n, H)
         logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
         softcap = getattr(self.config, "final_logit_softcapping", None)
-        self.advance(logits, self.state, self.ids, self.logprobs, Rules(temperature, softcap, self.eos))
+        self.advance(logits, self.state, self.ids, self.logprobs, Rules(temperature, softcap, self.eos, self.never))
 
     def _hidden(self, ids, positions, **kwargs):
         """Last hidden states; keys and values go to the slots."""
@@ -578,6 +580,7 @@ class Rules(NamedTuple):
     temperature: float  # τ of (1); 0: greedy
     softcap: float | None  # c of (1)
     eos: torch.Tensor  # (E,) tokens that end a completion
+    never: torch.Tensor  # (K,) tokens that are not drawn
 
 
 def _advance(logits, state, ids, logprobs, rules):
@@ -590,7 +593,8 @@ def _advance(logits, state, ids, logprobs, rules):
     rows = torch.arange(n, device=logits.device)
     state = state[:n]
     keys = state[:, KEY:]
-    tokens, token_logprobs = _draw(logits, keys, state[:, POSITION] + 1, rules.temperature, rules.softcap)
+    positions = state[:, POSITION] + 1
+    tokens, token_logprobs = _draw(logits, keys, positions, rules.temperature, rules.softcap, rules.never)
     # A finished sequence stays where it is, and its slot as it is.
     live = state[:, LIVE].bool()
     positions = (state[:, POSITION] + live).long()
@@ -602,17 +606,18 @@ def _advance(logits, state, ids, logprobs, rules):
     state[:, LIVE] = (live & ~(has_ended | is_cut_off)).int()
 
 
-def _draw(logits, keys, positions, temperature, softcap):
+def _draw(logits, keys, positions, temperature, softcap, never=()):
     """Sampled tokens (n,) and their log-probabilities (n,), from float32 logits (n, V); greedy at temperature 0."""
     z = logits
     if softcap is not None:
         z = softcap * torch.tanh(logits / softcap)
     z = z / (temperature or 1)  # (1)
     logsumexp = z.logsumexp(dim=1)
+    choices = z.index_fill(1, never, -torch.inf) if len(never) else z
     if temperature == 0:
-        tokens = z.argmax(dim=1)
+        tokens = choices.argmax(dim=1)
     else:
-        p = (z - logsumexp[:, None]).exp()
+        p = (choices - logsumexp[:, None]).exp()
         e = _waiting_times(keys, positions, z.shape[1])
         tokens = (p / e).argmax(dim=1)  # (4)
     token_z = z.gather(1, tokens[:, None])[:, 0]

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from kernels.sampler import Sampler, SamplingParams
 from rewards.pool import Pool, failure_rates, split_job
 from rewards.verifiers import Verdict
 
+PATIENCE = timedelta(minutes=30)  # with a process that does not come to a meeting of all
 ROUNDING = 1e-6  # rewards no further apart are equal: 0.1 + 0.2 and 0.3
 MOST_PROMPTS = 4  # asked for in one round of sampling, as a multiple of --batch_size
 REMEMBERED = 4  # groups of which the share with a signal is measured, likewise
@@ -128,6 +130,7 @@ class Rollouts:
         self.empty_steps = 0  # steps in a row that have found nothing to learn from
         self.rounds = 0  # of sampling, in the last step
         self.find_end = StopStrings(chat.tokenizer, args.stop_strings) if args.stop_strings else None
+        self.gloo = dist.new_group(backend="gloo") if dist.is_initialized() else None  # for _gather
         self.pool = Pool(args.verifier_workers, args.sandbox)
         self._check(rows)
         if eval_rows:
@@ -135,8 +138,11 @@ class Rollouts:
 
     def make_sampler(self, config, device):
         """Makes the sampler, without weights: `sync` brings them. Raises RunError if it cannot be, or has no room."""
+        args = self.args
+        # Ids without a token, where a vocabulary is padded: they decode to nothing, so no verifier would see them.
+        never = set(range(config.vocab_size)) - set(self.chat.tokenizer.get_vocab().values())
         try:
-            self.sampler = Sampler(config, self.args.slots, self.args.max_length, self.chat.stop_ids, device)
+            self.sampler = Sampler(config, args.slots, args.max_length, self.chat.stop_ids, device, never)
         except ValueError as error:
             raise common.RunError(str(error)) from None
 
@@ -277,8 +283,12 @@ class Rollouts:
                 **sample.to_log(),
             }
             lines.append(line)
-        with open(Path(self.args.out, "samples.jsonl"), "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        path = Path(self.args.out, "samples.jsonl")
+        try:
+            with open(path, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise common.RunError(f"writing {path} failed: {error}") from None
         return lines
 
     def check_gap(self, samples, step):
@@ -476,6 +486,10 @@ class Rollouts:
         """The lists of all ranks, one behind the other. All ranks call it together."""
         if not dist.is_initialized():
             return items
+        try:
+            dist.monitored_barrier(self.gloo, PATIENCE, wait_all_ranks=True)  # tells who is missing
+        except RuntimeError as error:
+            raise common.RunError(f"a process hangs, maybe in a verifier: {common.first_line(error)}") from None
         lists = [None] * _world()
         dist.all_gather_object(lists, items)
         return flatten(lists)

@@ -19,7 +19,7 @@ import torch
 from conftest import EOS, ROOT, TOKENIZERS, user, write_jsonl
 from forked import forked
 from launch import call, metrics, run
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
@@ -816,3 +816,30 @@ def test_the_environment_without_a_policy_in_training(start, reference):
     found = held_out_metrics(rollouts.sample_all(rollouts.rows))
     rollouts.close()
     assert found == {name: value for name, value in metrics(reference)[0].items() if name != "step"}
+
+
+def test_a_process_that_hangs_is_named(tmp_path):
+    stdout, _ = run("tests/hung_rank.py", 2)
+    assert "a process hangs" in stdout and "Ranks 1 failed to pass" in stdout
+
+
+def test_ids_without_a_token_are_never_sampled(tiny_model, tmp_path):
+    """A vocabulary that is padded beyond the tokenizer: such ids decode to nothing, and no verifier would see them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    size = len(AutoTokenizer.from_pretrained(tiny_model))
+    model.resize_token_embeddings(size + 300, mean_resizing=False)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    rows = [{"messages": [user(f"{i}?")], "dataset": "exact", "ground_truth": "a"} for i in range(8)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = {"model": tmp_path / "model", "data": [data], "max_length": 64, "max_new_tokens": 32, "batch_size": 4}
+    sampled = []
+    with pytest.MonkeyPatch.context() as patch:
+        judge = Rollouts._judge
+        patch.setattr(Rollouts, "_judge", lambda self, rows, completions, numbers: (
+            sampled.extend(completions) or judge(self, rows, completions, numbers)
+        ))
+        call(grpo, out=tmp_path / "run", **flags, steps=1, active_sampling=0, eval_data=[data], eval_temperature=0.0)
+    ids = np.concatenate([completion.token_ids for completion in sampled])
+    assert len(ids) > 500 and ids.max() < size  # without the rule, more than a third of them would be beyond
