@@ -11,9 +11,15 @@ weights), and β, which keeps the policy π near it,
 wrong way round (conservative DPO). The mean is over the pairs of the whole batch: all ranks and microbatches.
 `Policy.forward` sums the log π of (1) over an answer, `preference_loss` has the rest, and `main` takes the mean.
 
+(3) sees a difference alone: both answers may become less likely together. --nll_coef α holds the chosen one, as in RPO
+(Pang et al., arXiv 2404.19733, α = 1) and Llama 3 (arXiv 2407.21783, section 4.1.4, α = 0.2):
+
+    L_α   = L + α · mean over pairs of  n,      n = -log π(y_c | x) / |y_c|, its nats per token                  (4)
+
 --length_normalize is the loss of Tülu 3 and OLMo 3: r(y) = (β / |y|) log [π(y | x) / π_ref(y | x)], with the tokens |y|
-of the answer. The reference's log-probabilities do not change, so they are computed once, before training, and kept on
-disk for all runs: one model is in memory while training, and a second run with another β need not compute them.
+of the answer. The reference's log-probabilities do not change, so those of the pairs that the run will see are computed
+once, before training, and kept on disk for all runs: one model is in memory while training, and a second run with
+another β or seed computes only what it lacks.
 
 Defaults are Tülu 3 8B's (arXiv 2411.15124, section 5) except the loss, which is that of the DPO paper with its β = 0.1.
 For Tülu's own give --length_normalize --beta 5.
@@ -27,9 +33,12 @@ Shapes:  T tokens of a microbatch. It holds B pairs as 2B sequences (chosen, rej
 padding. H hidden size, V vocabulary size, N pairs in the data.
 """
 
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import faulthandler
+import functools
 import gc
 import hashlib
 import inspect
@@ -39,6 +48,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,12 +66,14 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 import common
 import kernels.attention  # noqa: F401  (registers the attention functions that --attn names)
@@ -74,6 +86,7 @@ class Args:
     beta: float = 0.1  # β of equation (1); the larger, the closer the policy stays to the reference
     length_normalize: bool = False  # divide each log-ratio by its answer's tokens; β is then larger, 5 in Tülu 3
     label_smoothing: float = 0.0  # ε of equation (3): share of pairs assumed to be labelled the wrong way round
+    nll_coef: float = 0.0  # α of equation (4): weight of the chosen answer's nats per token; 0 is DPO, Llama 3 has 0.2
     ref_model: str | None = None  # the reference π_ref: model folder or Hub id; by default --model
     lr: float = 5e-7  # peak learning rate
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to 0 after the warm-up, or none
@@ -91,7 +104,7 @@ class Args:
     # the run: every script has these
     model: str = "allenai/Llama-3.1-Tulu-3-8B-SFT"  # model folder or Hub id to start from
     data: list[str] = field(default_factory=lambda: ["allenai/llama-3.1-tulu-3-8b-preference-mixture"])
-    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file or a Hub id (name, name@split);
+    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file, a folder or a Hub id, and @split;
     AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
     eval_data: list[str] = field(default_factory=list)  # held-out data, in the same form
     out: str = "runs/dpo"  # folder of the run; the same command continues an interrupted run in it
@@ -133,7 +146,7 @@ class Policy(torch.nn.Module):
 
 
 def preference_loss(args, answer_logprobs, answer_lengths, ref_logprobs):
-    """Equations (1) to (3) before the mean: one loss for each of B pairs.
+    """Equations (1) to (4) before the mean: one loss for each of B pairs.
 
     Args:
         answer_logprobs: (2B,) log π(y | x) of chosen, rejected, chosen, …
@@ -155,6 +168,8 @@ def preference_loss(args, answer_logprobs, answer_lengths, ref_logprobs):
     loss_if_right = -F.logsigmoid(margin)  # (B,)
     loss_if_wrong = -F.logsigmoid(-margin)  # (B,) if the label is the wrong way round
     losses = (1 - args.label_smoothing) * loss_if_right + args.label_smoothing * loss_if_wrong  # (B,)           (3)
+    chosen_nll = -logprobs[0::2] / answer_lengths[:num_answers:2]  # (B,) n, nats per token
+    losses = losses + args.nll_coef * chosen_nll  # (B,)                                                         (4)
     metrics = {
         "loss": losses,
         "accuracy": margin > 0,
@@ -163,6 +178,7 @@ def preference_loss(args, answer_logprobs, answer_lengths, ref_logprobs):
         "rejected_reward": rewards[1::2],
         "chosen_logprob": logprobs[0::2],
         "rejected_logprob": logprobs[1::2],
+        "chosen_nll": chosen_nll,
     }
     return losses, metrics
 
@@ -185,7 +201,8 @@ def main(args):
     device, mesh = setup_distributed(args)
     rank = dist.get_rank()
     world = dist.get_world_size()
-    config = load_config(args)
+    check_flags(args)
+    config = common.load_config(args)
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off, as for π_ref
     ref_args = dataclasses.replace(args, model=args.ref_model or args.model)
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
@@ -201,8 +218,13 @@ def main(args):
     if run.is_finished:
         return
     ref_hash = hash_reference(ref_args, config, device)  # its vocabulary has to be the policy's
-    ref_logprobs = reference_logprobs(ref_args, ref_hash, rows, device, mesh)  # (N, 2) log π_ref                (1)
-    eval_ref_logprobs = reference_logprobs(ref_args, ref_hash, eval_rows, device, mesh) if eval_rows else None
+    # The pairs that the run sees: with few --steps, not all. Those after --stop_step too, for the run may go on.
+    seen = common.stream(len(rows), args.seed, range(min(total_rows, num_steps * args.batch_size)))
+    ref_logprobs = reference_logprobs(ref_args, ref_hash, rows, seen, device, mesh)  # (N, 2) log π_ref          (1)
+    eval_ref_logprobs = None
+    if eval_rows:
+        every_pair = range(len(eval_rows))
+        eval_ref_logprobs = reference_logprobs(ref_args, ref_hash, eval_rows, every_pair, device, mesh)
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
     optimizer = make_optimizer(args, policy)
     run.resume(policy, optimizer)
@@ -222,10 +244,10 @@ def main(args):
             answer_logprobs, answer_lengths = policy(microbatch)  # (2B,), (2B,)
             ref = ref_logprobs[pairs].to(device)  # (B, 2)
             losses, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref)  # (B,)
-            loss = losses.sum() / len(indices)  # () this microbatch's part of the mean                          (3)
+            loss = losses.sum() / len(indices)  # () this microbatch's part of the mean                      (3, 4)
             (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
             sums.add(**metrics)
-        means = sums.over_ranks(len(indices))  # over the pairs of all ranks: means["loss"] is L
+        means = sums.over_ranks(len(indices))  # over the pairs of all ranks: means["loss"] is L_α
 
         # Update.
         lr = learning_rate(args, step, num_steps)
@@ -248,53 +270,80 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The reference's log-probabilities: computed once, kept on disk.
+# The flags, and the reference's log-probabilities: computed once, kept on disk.
 
 
-def reference_logprobs(args, ref_hash, rows, device, mesh):
-    """log π_ref(y | x) of every pair, (N, 2) float64 on CPU: chosen, rejected. Computed once, then read from disk.
+def check_flags(args):
+    """Raises RunError for flags with which the loss would not be DPO's."""
+    if args.beta <= 0:
+        raise common.RunError(f"--beta {args.beta} has to be above 0: at 0 nothing is learned, below the reverse")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise common.RunError(f"--label_smoothing {args.label_smoothing} has to be at least 0 and below 0.5, a coin")
+    if args.nll_coef < 0:
+        raise common.RunError(f"--nll_coef {args.nll_coef} has to be at least 0: below, chosen answers are unlearned")
 
-    The file in $HF_DATASETS_CACHE is named by a hash of all it depends on, whatever the number of processes; one that
-    is damaged or holds something else is made anew. args.model is the reference, ref_hash its `hash_reference`.
+
+def reference_logprobs(args, ref_hash, rows, wanted, device, mesh):
+    """log π_ref(y | x) of pairs, (N, 2) float64 on CPU: chosen, rejected; NaN for pairs that no run has wanted yet.
+
+    A file in $HF_DATASETS_CACHE, named by a hash of all they depend on, keeps what was computed for all runs on these
+    pairs, whatever their seed, steps and number of processes; here those of `wanted` (row numbers) that it lacks are
+    added. A file that is damaged or holds something else is made anew. args.model is the reference, ref_hash its
+    `hash_reference`.
     """
     key = hashlib.sha256(f"{ref_hash} {rows.fingerprint}".encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE, f"reference_{key[:32]}.safetensors")
     values = on_rank0(lambda: read_reference(path, key, len(rows)))
-    if values is not None:
+    wanted = np.unique(wanted)
+    missing = wanted[values[wanted].isnan().any(1).numpy()]  # (M,)
+    if len(missing) == 0:
         return values
-    policy = load_model(args, load_config(args), AutoModelForCausalLM, Policy, device, mesh).eval()
-    values = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
-    microbatches = common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]
-    for pairs in tqdm(microbatches, desc="reference", disable=dist.get_rank() != 0):
+    policy = load_model(args, common.load_config(args), AutoModelForCausalLM, Policy, device, mesh).eval()
+    computed = torch.zeros(len(missing), 2, dtype=torch.float64, device=device)
+    microbatches = common.deal(rows.lengths[missing], args.tokens_per_microbatch, dist.get_world_size())
+    if dist.get_rank() == 0:
+        tqdm.write(f"log π_ref of {len(missing)} pairs is computed")
+    has_bar = dist.get_rank() == 0 and os.isatty(2)
+    for places in tqdm(microbatches[dist.get_rank()], desc="reference", disable=not has_bar):
         with torch.no_grad():
-            logprobs, _ = policy(common.pack(rows.sequences(pairs), device))
-        values[pairs] = logprobs[: 2 * len(pairs)].view(-1, 2)
-    dist.all_reduce(values)  # each rank has filled in its own rows
-    values = values.cpu()
-    on_rank0(lambda: write_reference(path, key, values))
-    return values
+            logprobs, _ = policy(common.pack(rows.sequences(missing[places]), device))
+        computed[places] = logprobs[: 2 * len(places)].view(-1, 2)
+    dist.all_reduce(computed)  # each rank has filled in its own rows
+    values[missing] = computed.cpu()
+    return on_rank0(lambda: add_to_reference(path, key, values))
 
 
 def read_reference(path, key, count):
-    """(N, 2) from the file, or None if there is none that is whole and belongs to `key`."""
+    """(N, 2) from the file; all NaN if there is none that is whole and belongs to `key`."""
+    unknown = torch.full((count, 2), math.nan, dtype=torch.float64)
     if not path.exists():
-        return None
+        return unknown
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         values = file.get_tensor("logprobs")
         if values.shape == (count, 2) and file.metadata() == {"key": key, "sha256": checksum(values)}:
             return values
     print(f"{path} is damaged: the reference's log-probabilities are computed again")
-    return None
+    with suppress(OSError):
+        path.unlink()
+    return unknown
 
 
-def write_reference(path, key, values):
-    """Writes the file: whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.tmp")  # another run may be writing the same file
+def add_to_reference(path, key, values):
+    """Adds to the file what it lacks of `values`, (N, 2). Returns what it then holds.
+
+    What another run has put there meanwhile stays, and this run takes it too: a number in the file never changes (by
+    rounding, with other pairs in the microbatch), so that a run that is continued finds those it began with.
+    """
+    partial = path.with_suffix(".tmp")
     try:
-        save_file({"logprobs": values}, partial, metadata={"key": key, "sha256": checksum(values)})
-        partial.replace(path)
+        with FileLock(path.with_suffix(".lock")):  # of the system, so it ends with the process that holds it
+            present = read_reference(path, key, len(values))
+            values = torch.where(present.isnan(), values, present)
+            save_file({"logprobs": values}, partial, metadata={"key": key, "sha256": checksum(values)})
+            partial.replace(path)  # whole or not at all
     except (OSError, SafetensorError) as error:
         print(f"{path} could not be written, the next run will compute it again: {error}")
+    return values
 
 
 def checksum(values):
@@ -307,7 +356,7 @@ def hash_reference(args, policy_config, device):
 
     args.model is the reference. Raises RunError if its vocabulary has another size than the policy's.
     """
-    config = load_config(args)
+    config = common.load_config(args)
     if config.vocab_size != policy_config.vocab_size:
         sizes = f"{config.vocab_size}, --model one of {policy_config.vocab_size}"
         raise common.RunError(f"--ref_model has a vocabulary of {sizes}")
@@ -317,7 +366,7 @@ def hash_reference(args, policy_config, device):
     digest = hashlib.sha256(json.dumps(parts, default=str).encode())
 
     def add_weights():
-        for name, tensor in sorted(read_weights(args, config, AutoModelForCausalLM).items()):
+        for name, tensor in sorted(common.read_weights(args.model, config, AutoModelForCausalLM).items()):
             digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -333,7 +382,6 @@ def make_optimizer(args, module):
     matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in module.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=args.lr, betas=args.adam_betas, eps=args.adam_eps, fused=True)
 
 
@@ -376,9 +424,40 @@ def all_sum(*values):
     return sums.tolist()
 
 
+def check_ranges(args):
+    """Raises RunError for a number out of range, in the flags of all scripts, and for NaN and infinity in any."""
+    ranges = {
+        "lr": (0, 1e38), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
+        "weight_decay": (0, 1e38), "max_grad_norm": (0, 1e38), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
+        **dict.fromkeys(("batch_size", "steps", "stop_step", "max_length", "tokens_per_microbatch"), (1, 1e9)),
+        **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
+    }  # fmt: skip
+    for name, values in vars(args).items():
+        low, high = ranges.get(name, (-1e38, 1e38))
+        for value in values if isinstance(values, tuple) else [values]:
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise common.RunError(f"--{name} {value} is out of range: it may be from {low:g} to {high:g}")
+
+
+def leave_at_once(number, frame):
+    """Signal handler for when there is nothing to save: what is on disk is whole at any moment."""
+    if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\ninterrupted: the same command goes on from the last checkpoint\n")
+    os._exit(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
+
+
 def setup_distributed(args):
     """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
-    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a process hangs
+    check_ranges(args)
+    faulthandler.register(signal.SIGUSR2)  # kill -USR2 prints where a process hangs
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave_at_once)
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
+    if tasks != "1" and "RANK" not in os.environ:
+        raise common.RunError(f"{tasks} tasks would be {tasks} runs: start one a node, and in it torchrun (see README)")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with torchrun, whose store still answers:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -410,52 +489,16 @@ def on_rank0(function):
     return box[0]
 
 
-def load_config(args):
-    """The model's configuration, checked against the flags before anything large is loaded."""
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-    except Exception as error:  # transformers and the Hub's client have many
-        raise common.RunError(f"model {args.model}: {common.first_line(error)}") from None
-    config.dtype = config.dtype or torch.float32
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and args.max_length > limit:
-        raise common.RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1):
-            raise common.RunError(f"model {args.model} transforms its logits ({name}), which is not supported")
-    return config
-
-
-def read_weights(args, config, model_class):
-    """{name: tensor} of every parameter and buffer; raises RunError unless all are there, expected and finite."""
-    try:
-        source, info = model_class.from_pretrained(args.model, dtype=config.dtype, output_loading_info=True)
-    except Exception as error:  # likewise, and safetensors
-        raise common.RunError(f"model {args.model}: {common.first_line(error)}") from None
-    wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
-    if wrong:
-        raise common.RunError(f"model {args.model}: weights do not fit the architecture: {wrong}")
-    weights = source.state_dict() | dict(source.named_non_persistent_buffers())  # rotary frequencies are of the latter
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise common.RunError(f"model {args.model}: {name} holds values that are not finite")
-    return weights
-
-
 def load_model(args, config, model_class, module_class, device, mesh):
     """module_class(model), sharded by FSDP2: float32 parameters, on CUDA bf16 compute. Rank 0 alone reads the files."""
     gc.collect()  # FSDP's hooks make cycles: a model that was dropped is still in memory
     weights = {}
-    on_rank0(lambda: weights.update(read_weights(args, config, model_class)))  # here, for it is not to be sent to all
+    on_rank0(lambda: weights.update(common.read_weights(args.model, config, model_class)))  # and no result
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
-    if not hasattr(model.base_model, "layers"):
-        raise common.RunError(f"model {args.model}: {type(model).__name__} is not built of decoder layers (.layers)")
     if args.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # older name
-        enable({"use_reentrant": False})
-    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
-    precision = MixedPrecisionPolicy(**dtypes)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     torch._dynamo.config.recompile_limit = 64  # graphs of a layer: kinds, shapes, gradient or none; then it gives up
     for layer in model.base_model.layers:
         if args.compile:
@@ -474,12 +517,13 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
 
 # Flags that may differ when a run is continued: they do not change what is computed.
-RUNTIME_FLAGS = {"out", "tokens_per_microbatch", "eval_every", "save_every", "stop_step", "keep", "shard", "attn",
-                 "compile", "activation_checkpointing", "track"}  # fmt: skip
+RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "log_samples", "track",
+                 "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn", "verifier_workers",
+                 "compile", "shard", "save_every"}  # fmt: skip
 
 
 class Run:
-    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it holds another run."""
+    """The folder of a run: where it goes on, what it logs, what it saves. RunError if it is not this command's."""
 
     def __init__(self, args, chat, rows, eval_rows, num_steps):
         self.args = args
@@ -490,73 +534,85 @@ class Run:
         self.end_step = num_steps if args.stop_step is None else min(num_steps, args.stop_step)
         self.out = Path(args.out)
         self.is_rank0 = dist.get_rank() == 0
-        self.signals = []  # SIGTERM: finish the step, save, exit
-        signal.signal(signal.SIGTERM, lambda number, frame: self.signals.append(number))
-        self.is_finished, self.first_step = on_rank0(self._open)
+        self.wandb = None
+        self.signals = []  # SIGTERM, SIGUSR1: finish the step, save, exit
+        self.is_finished = on_rank0(self._open)
+        if not self.is_finished:
+            self.first_step = self._find_whole_checkpoint()
+            on_rank0(lambda: common.prepare_run(self.out, self.config, self.first_step))
 
     def _open(self):
-        """Compares the folder with this command, clears debris. Returns whether it is finished, and its last step."""
+        """Locks the folder while this process lives, compares it with this command. Returns whether it is finished."""
+        self.lock, old = common.lock_run(self.out)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        config = {
-            "script": Path(__file__).name,
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")}
+        self.config = {
+            "script": Path(__file__).name, "commit": commit.stdout.strip() or None, "versions": versions,
+            "args": common.redact(dataclasses.asdict(self.args)), "steps": self.num_steps, "date": self.chat.date,
             "data": [rows and rows.fingerprint for rows in (self.rows, self.eval_rows)],
-            "args": redact(dataclasses.asdict(self.args)),
-            "date": self.chat.date,
-            "world_size": dist.get_world_size(),
-            "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "datasets")},
-            "commit": commit.stdout.strip() or None,  # None outside of a repository
-        }
-        last_step = max(self._checkpoints(), default=0)
-        is_finished = (self.out / "model").exists()
-        if last_step or is_finished:
-            old = json.loads((self.out / "config.json").read_text())
-            new = json.loads(json.dumps(config))  # tuples become lists, as in the file
-            pairs = [(key, old[key], new[key]) for key in ("script", "data")]
-            pairs += [(flag, old["args"].get(flag), value) for flag, value in new["args"].items()]
-            changed = [f"{key}: {a} → {b}" for key, a, b in pairs if a != b and key not in RUNTIME_FLAGS]
-            if changed:
-                raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
-        if is_finished:
+            "world_size": dist.get_world_size(), "process": f"process {os.getpid()} on {socket.gethostname()}",
+        }  # fmt: skip
+        is_done = (self.out / "model").exists()
+        if not is_done and not common.checkpoints(self.out):
+            return False  # there is nothing to lose
+        new = json.loads(json.dumps(self.config))  # tuples become lists, as in the file
+        longer = {"epochs", "steps"} if self.args.lr_schedule == "constant" and not self.args.warmup_ratio else set()
+        pairs = [("script", old["script"], new["script"]), ("data", old["data"][0], new["data"][0])]
+        pairs += [(flag, old["args"].get(flag, value), value) for flag, value in new["args"].items()]
+        changed = [f"{name}: {a} → {b}" for name, a, b in pairs if a != b and name not in RUNTIME_FLAGS | longer]
+        reached = old["steps"] if is_done else max(common.checkpoints(self.out))
+        changed += [f"steps: {reached} → {self.num_steps}"] if reached > self.num_steps else []
+        if changed:
+            raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
+        if is_done and reached == self.num_steps:
             print(f"{self.out} is finished: its model is {self.out}/model")
-            return True, last_step
-        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoints/*.tmp", "checkpoints/*.trash", "model.tmp"):
-            for debris in self.out.glob(name):  # half written or half deleted when the run was killed
-                shutil.rmtree(debris)
-        replace_text(self.out / "config.json", json.dumps(config, indent=2))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.out / name
-            if path.exists():
-                lines = path.read_text().splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith("}\n")]  # the last may be half a line
-                kept = [line for line in whole if last_step and json.loads(line)["step"] <= last_step]
-                replace_text(path, "".join(kept))
-        return False, last_step
+            return True
+        if is_done:  # with fewer steps
+            (self.out / "model").rename(self.out / f"model_of_{reached}_steps")
+        return False
 
-    def _checkpoints(self):
-        """{step: folder} of the whole checkpoints, oldest first."""
-        suffixes = [path.name.removeprefix("step_") for path in self.out.glob("checkpoints/step_*")]
-        steps = sorted(int(suffix) for suffix in suffixes if suffix.isdecimal())
-        return {step: self.out / "checkpoints" / f"step_{step}" for step in steps}
+    def _hash(self, folder, names):
+        """{name: SHA-256} of files in a folder, of the `names` of all ranks: each reads its own."""
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, {name: common.hash_file(folder / name) for name in names})
+        return {name: digest for share in shares for name, digest in share.items()}
+
+    def _find_whole_checkpoint(self):
+        """The step of the newest checkpoint that is as it was written, or 0. Damaged ones become step_N.damaged."""
+        for step, folder in reversed(on_rank0(lambda: common.checkpoints(self.out)).items()):
+            hashes = self._hash(folder, common.files_in(folder)[dist.get_rank() :: dist.get_world_size()])
+            if not on_rank0(functools.partial(common.set_aside_if_damaged, folder, hashes)):
+                return step
+        if any(self.out.glob("checkpoints/*.damaged")):
+            raise common.RunError(f"{self.out}/checkpoints has only damaged ones: to begin anew, choose another --out")
+        return 0
 
     def resume(self, module, optimizer):
         """Loads the newest checkpoint, on any number of ranks. Returns the `state` that each rank of then has saved."""
         states = []
         if self.first_step:
-            path = self._checkpoints()[self.first_step]
-            if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o002:  # torch unpickles its metadata
-                raise common.RunError(f"{path} belongs to somebody else or is world-writable: it will not be loaded")
+            path = common.checkpoints(self.out)[self.first_step]
             weights, moments = dcp_state.get_state_dict(module, optimizer)
             dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path / "state")
             dcp_state.set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=moments)
             states = torch.load(path / "states.pt", weights_only=True)
             if len(states) != dist.get_world_size() and self.is_rank0:
                 print(f"the number of processes has changed, it was {len(states)}: what dropout draws will differ")
-        self._start_logging()
+        self.bar = tqdm(total=self.num_steps, initial=self.first_step, disable=not (self.is_rank0 and os.isatty(2)))
+        self.next_line = 0.0  # without a terminal there is no bar, but a line every ten seconds
+        if self.args.track and self.is_rank0:
+            import wandb  # only here: it takes a second
+            mode = os.environ.get("WANDB_MODE", "online" if wandb.login(prompt=False) else "offline")
+            settings = wandb.Settings(x_disable_meta=True, console="off")  # command line and output may hold secrets
+            name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
+            self.wandb = wandb.init(project="postcard", id=name, name=self.out.name, dir=self.out, resume="allow",
+                                    config=self.config | self.config["args"], mode=mode, settings=settings)  # fmt: skip
         return states
 
     def begin(self, step):
         """Starts the clock. What a step draws (dropout) is a function of (seed, step, rank): no state to save."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame, signals=self.signals: signals.append(number))
         self.started = time.perf_counter()
         seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
@@ -572,42 +628,36 @@ class Run:
             names = "; ".join(self.rows.where(i) for i in indices[:8])
             what = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update."
             raise common.RunError(f"{what} The {len(indices)} rows of this batch begin with: {names}")
+        if grad_norm == 0 and self.is_rank0:
+            tqdm.write(f"WARNING step {step + 1}: the gradient is exactly 0, so nothing is learned")
 
     def is_eval_due(self, done):
         """Whether to evaluate after so many steps: before the first, every --eval_every steps and after the last."""
-        if self.eval_rows is None or (done == 0 and self.first_step > 0):
+        if self.eval_rows is None or not self.args.eval_every or (done == 0 and self.first_step > 0):
             return False
         return done % self.args.eval_every == 0 or done == self.num_steps
 
-    def _start_logging(self):
-        self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not self.is_rank0)
-        self.wandb = None
-        if self.args.track and self.is_rank0:
-            import wandb  # only here: it takes a second
-            netrc = Path.home() / ".netrc"
-            logged_in = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
-            self.wandb = wandb.init(
-                project="postcard", name=self.out.name, dir=self.out, resume="allow",
-                id=hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16],
-                config=redact(dataclasses.asdict(self.args)),
-                mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
-                settings=wandb.Settings(x_disable_meta=True, console="off"),  # command line and output may hold secrets
-            )  # fmt: skip
-
     def log(self, entry):
-        """On rank 0: appends to metrics.jsonl, moves the progress bar and feeds W&B."""
+        """On rank 0: appends to metrics.jsonl, moves the progress bar and feeds W&B. RunError if it is not finite."""
+        for name, value in entry.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise common.RunError(f"step {entry['step']}: {name} is {value}")
         if not self.is_rank0:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
+        with writing(self.out / "metrics.jsonl") as path, open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
         shown = [key for key in ("loss", "eval_loss", "accuracy", "reward", "tokens_per_second") if key in entry]
-        self.bar.set_postfix({key: f"{entry[key]:.4g}" for key in shown}, refresh=False)
+        text = ", ".join(f"{key} {entry[key]:,.0f}" if entry[key] > 999 else f"{key} {entry[key]:.4g}" for key in shown)
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(entry["step"] - self.bar.n)
+        if self.bar.disable and (time.monotonic() > self.next_line or entry["step"] == self.num_steps):
+            self.next_line = time.monotonic() + 10
+            print(f"step {entry['step']} of {self.num_steps}: {text}", flush=True)
         if self.wandb:
             self.wandb.log(entry, step=entry["step"])
 
     def is_stopping(self):
-        """Whether any rank was sent SIGTERM. All ranks ask together."""
+        """Whether any rank was sent SIGTERM or SIGUSR1. All ranks ask together."""
         return all_sum(len(self.signals))[0] > 0
 
     def save_if_due(self, done, module, optimizer, state=None):
@@ -621,16 +671,17 @@ class Run:
 
     def leave(self, done, module, optimizer, state=None):
         """Saves what was reached after so many steps, and exits with 143: the same command continues."""
-        if done > self.first_step and done not in self._checkpoints():
+        if done > self.first_step and done not in common.checkpoints(self.out):
             self.save(done, module, optimizer, state)
+        self._close()
         sys.exit(128 + signal.SIGTERM)
 
     def save(self, done, module, optimizer, state=None):
         """Makes checkpoints/step_N, by renaming it when it is whole and on disk: what `resume` loads, and model/."""
         final = self.out / "checkpoints" / f"step_{done}"
-        partial = final.with_suffix(".tmp")
-        on_rank0(partial.mkdir)
-        try:
+        umask = os.umask(0o077)  # nobody else may write what will be loaded
+        with writing(final.with_suffix(".tmp")) as partial:
+            on_rank0(partial.mkdir)
             weights, moments = dcp_state.get_state_dict(module, optimizer)
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial / "state")
             states = [None] * dist.get_world_size()
@@ -638,33 +689,40 @@ class Run:
             if self.is_rank0:
                 torch.save(states, partial / "states.pt")
             export_model(self.args, module.model, self.chat, partial / "model")
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1]
-            free = shutil.disk_usage(partial.parent).free
-            raise common.RunError(f"checkpoint step {done} to {final} failed, {free:,} bytes free: {reason}") from None
-        sync_to_disk(partial)
+            hashes = self._hash(partial, common.files_of_rank(partial, dist.get_rank()))
+            if self.is_rank0:
+                (partial / "sums.json").write_text(json.dumps({"checkpoint": final.name, "files": hashes}))
+            common.sync_to_disk(partial)
+        os.umask(umask)
         dist.barrier()  # all ranks have written their files
 
         def publish():
-            sync_to_disk(partial.rename(final).parent)
-            for old in list(self._checkpoints().values())[: -self.args.keep]:
+            common.sync_to_disk(partial.rename(final).parent, deep=False)
+            for old in list(common.checkpoints(self.out).values())[: -self.args.keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
 
         on_rank0(publish)
 
     def finish(self, module):
         """Publishes the final model as OUT/model, which marks the run as finished; not at --stop_step."""
-        if self.end_step < self.num_steps:
-            on_rank0(lambda: print(f"stopped at --stop_step {self.end_step}: the same command without it goes on"))
-        else:
-            export_model(self.args, module.model, self.chat, self.out / "model.tmp")
-            if self.is_rank0:
-                sync_to_disk(self.out / "model.tmp")
-                (self.out / "model.tmp").rename(self.out / "model")
+        text = f"stopped at --stop_step {self.end_step}: the same command without it goes on"
+        if self.end_step == self.num_steps:
+            with writing(self.out / "model.tmp") as partial:
+                export_model(self.args, module.model, self.chat, partial)
+                if self.is_rank0:
+                    common.sync_to_disk(partial)
+                    partial.rename(self.out / "model")
+                    text = common.summary(self.out)
+        self._close()
+        if self.is_rank0:
+            print(text, flush=True)
+            self.lock.release()
+        dist.destroy_process_group()
+
+    def _close(self):
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
-        dist.destroy_process_group()
 
 
 def export_model(args, model, chat, path):
@@ -672,39 +730,21 @@ def export_model(args, model, chat, path):
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:  # which alone has them
-        config = load_config(args)  # the source's; a reward model differs in two entries
-        config.update({"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id})
-        with torch.device("meta"):
-            skeleton = type(model)(config).to(config.dtype)
-        stop_ids = chat.stop_ids[0] if len(chat.stop_ids) == 1 else chat.stop_ids
-        skeleton.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stop_ids)
         names = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied head appears once
-        own = {name: weights.pop(name).to(config.dtype) for name in names if name in weights}
-        skeleton.save_pretrained(path, state_dict=own)
-        chat.tokenizer.save_pretrained(path)
-        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(path.iterdir())]
-        (path / "SHA256SUMS").write_text("".join(sums))
+        weights = {name: weights[name] for name in names if name in weights}
+        common.write_model(path, args.model, model, weights, chat)
     dist.barrier()
 
 
-def replace_text(path, text):
-    """Writes a file: whole or not at all."""
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
-
-
-def sync_to_disk(folder):
-    """fsync of a folder and everything in it."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def redact(value):
-    """`value` (JSON-like) with whatever looks like a secret replaced, for files that get shared."""
-    secret = r"(hf_|sk-|ghp_)[\w-]{8,}|(?<=key=)[^&\s\"]+|(?<=://)[^/@\s\"]+:[^/@\s\"]+(?=@)"
-    return json.loads(re.sub(secret, "[redacted]", json.dumps(value)))
+@contextlib.contextmanager
+def writing(path):
+    """Yields the path. Errors of the disk inside become a RunError that names it and the free space."""
+    try:
+        yield path
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        free = shutil.disk_usage(path.parent).free
+        raise common.RunError(f"writing {path} failed, {free:,} bytes free: {reason}") from None
 
 
 def parse_args():
@@ -715,13 +755,22 @@ def parse_args():
         table = re.sub(r"^    (\w+):", r"    --\1:", table, flags=re.MULTILINE)
         print(__doc__, "Flags: --name: type = default. A bool: --no_name too. A list: --name a b.", table, sep="\n")
         sys.exit()
-    return tyro.cli(Args, use_underscores=True)
+    if any(word.replace("-", "_").startswith("__learning_rate") for word in sys.argv):
+        raise common.RunError("--learning_rate is called --lr here; --help shows all flags")
+    return tyro.cli(Args, use_underscores=True, console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 if __name__ == "__main__":
+    code = 0
     try:
-        main(parse_args())
-    except common.RunError as error:
-        sys.exit(f"error: {error}")
+        record(main)(parse_args())  # record: torchrun's summary tells the error, too
+    except SystemExit as end:
+        code = end.code or 0
+    except (common.RunError, OSError) as error:
+        code = 1
+        if os.environ.get("RANK", "0") == "0":
+            tqdm.write(f"error: {error}", file=sys.stderr)
     sys.stdout.flush()
-    os._exit(0)  # at once: while Python takes itself down, a thread of the process group now and then aborts it
+    if code and "RANK" in os.environ:  # torchrun ends all when one ends: rank 0 speaks first, but all may
+        time.sleep(1 if os.environ["RANK"] == "0" else 3)
+    os._exit(code)  # at once: while Python takes itself down, a thread of the process group now and then aborts it

@@ -61,11 +61,12 @@ def reward_model(out, seed):
     )  # fmt: skip
 
 
-def dpo(out, seed):
+def dpo(out, seed, name="dpo", **flags):
     # overlong: none is, but as the reward model says it too, the encoded pairs are found in the cache
+    flags = {"lr": 3e-4, "nll_coef": 0.5} | flags  # without --nll_coef some runs collapse: benchmarks/dpo_holds.py
     run_script(
-        "dpo.py", model=f"{out}/sft/model", data=f"{out}/pairs.jsonl", out=f"{out}/dpo", max_length=64, overlong="drop",
-        batch_size=64, lr=3e-4, beta=0.5, save_every=0, seed=seed,
+        "dpo.py", model=f"{out}/sft/model", data=f"{out}/pairs.jsonl", out=f"{out}/{name}", max_length=64,
+        overlong="drop", batch_size=64, beta=0.5, save_every=0, seed=seed, **flags,
     )  # fmt: skip
 
 

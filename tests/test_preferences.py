@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
 from launch import call, metrics, run, start, trace
+from safetensors.torch import load_file, save_file
 from test_kernels import relative_error, tiny_config
 from test_sft import assert_same_trajectory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -139,9 +140,12 @@ def hh_sequences(tmp_path_factory):
     return load_rows([str(path)], PairEncoder(chat, 512, 300, "truncate")).sequences(range(6))
 
 
-@pytest.mark.parametrize("length_normalize, label_smoothing", [(False, 0.0), (True, 0.0), (False, 0.1)])
+@pytest.mark.parametrize(
+    "length_normalize, label_smoothing, nll_coef",
+    [(False, 0.0, 0.0), (True, 0.0, 0.0), (False, 0.1, 0.0), (False, 0.0, 0.5), (True, 0.1, 0.2)],
+)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_dpo_loss_and_gradient_equal_the_equations(family, length_normalize, label_smoothing, hh_sequences):
+def test_dpo_loss_and_gradient_equal_the_equations(family, length_normalize, label_smoothing, nll_coef, hh_sequences):
     """Packed float32 against float64 from all the logits, one sequence at a time, written from the paper: ≤ 1e-5."""
     torch.manual_seed(0)
     config = tiny_config(family, 512, tied=True)
@@ -158,7 +162,9 @@ def test_dpo_loss_and_gradient_equal_the_equations(family, length_normalize, lab
         logp = model(ids[None]).logits[0].log_softmax(-1)[:-1]
         return logp[mask].gather(1, ids[1:][mask][:, None]).sum(), mask.sum()
 
-    args = SimpleNamespace(beta=0.3, length_normalize=length_normalize, label_smoothing=label_smoothing)
+    args = dpo.Args(
+        beta=0.3, length_normalize=length_normalize, label_smoothing=label_smoothing, nll_coef=nll_coef
+    )  # fmt: skip
     with torch.no_grad():
         ref = torch.stack([answer(reference, *sequence)[0] for sequence in hh_sequences]).view(-1, 2)
     logprobs, lengths = dpo.Policy(model)(common.pack(hh_sequences, "cpu"))
@@ -173,7 +179,11 @@ def test_dpo_loss_and_gradient_equal_the_equations(family, length_normalize, lab
             ratio = logprob - ref[i, side]
             h = h + sign * args.beta * (ratio / length if length_normalize else ratio)
             assert lengths[2 * i + side] == length
+            if side == 0:
+                nll = -logprob / length  # of this pair's own answer, whatever the others' lengths are
         truth = truth + (-(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)) / 6
+        truth = truth + nll_coef * nll / 6
+        assert abs(values["chosen_nll"][i].item() - nll.item()) <= 1e-5 * nll.item()
         assert abs(values["margin"][i].item() - h.item()) <= 1e-5 * max(1, abs(h.item()))
     truth.backward()
     assert abs(losses.mean().item() - truth.item()) <= 1e-5 * truth.item()
@@ -264,7 +274,7 @@ def reference(request, hh, tmp_path_factory):
 
 
 KEYS = {
-    "dpo.py": {"chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"},
+    "dpo.py": {"chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob", "chosen_nll"},
     "reward_model.py": {"chosen_score", "rejected_score"},
 }
 
@@ -297,6 +307,32 @@ def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(hh, reference, tm
     script, out, _ = reference
     run(script, processes=processes, out=tmp_path / "run", **hh, **flags)
     assert_same_trajectory(trace(tmp_path / "run"), trace(out), 1e-5 if script == "dpo.py" else 1e-6)
+
+
+def test_nll_does_not_depend_on_how_a_batch_is_cut(hh, tmp_path):
+    """--nll_coef is a mean over pairs, whatever their lengths: one at a time, or on two processes, the same to 1e-5."""
+    flags = hh | {"nll_coef": 0.5, "steps": 10, "data": [str(hh["data"])], "eval_data": [str(hh["eval_data"])]}
+    call(dpo, out=tmp_path / "one", **flags)
+    call(dpo, out=tmp_path / "each", tokens_per_microbatch=1, **flags)
+    run("dpo.py", 2, out=tmp_path / "two", tokens_per_microbatch=1000, **flags)
+    for name in ("each", "two"):
+        assert_same_trajectory(trace(tmp_path / name), trace(tmp_path / "one"), 1e-5)
+        for step, other in zip(trace(tmp_path / name)[1:], trace(tmp_path / "one")[1:], strict=True):
+            assert math.isclose(step[3], other[3], rel_tol=1e-4)  # the gradient's norm: Adam and the clip hide a factor
+    first = metrics(tmp_path / "one")[0]
+    assert first["eval_chosen_nll"] > 1
+    assert math.isclose(first["eval_loss"] - 0.5 * first["eval_chosen_nll"], math.log(2), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("beta", 0.0), ("beta", -0.1), ("label_smoothing", -0.1), ("label_smoothing", 0.5), ("nll_coef", -0.2)],
+)
+def test_flags_that_make_no_sense_are_refused_at_the_start(flag, value, tmp_path):
+    """One line that names the flag and its value, before a model or data are looked for."""
+    with pytest.raises(common.RunError, match=rf"^--{flag} {value} has to be [^\n]*$"):
+        call(dpo, model=tmp_path / "none", data=[str(tmp_path / "none.jsonl")], out=tmp_path / "run", **{flag: value})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow  # the plumbing is sft.py's, whose kills are in CI
@@ -437,7 +473,7 @@ def cached(tiny_model, tmp_path, monkeypatch, capfd):
     def go(name, **more):
         call(dpo, out=tmp_path / name, **flags | more)
         stdout, stderr = capfd.readouterr()
-        return trace(tmp_path / name), stdout, "reference:" in stderr  # its progress bar
+        return trace(tmp_path / name), stdout, "log π_ref of" in stdout
 
     return cache, go, tmp_path
 
@@ -450,6 +486,107 @@ def test_the_cache_changes_nothing_and_serves_other_betas(cached):
     assert not computed and again == first
     other, _, computed = go("other", beta=0.7)
     assert not computed and other != first
+
+
+def stored(cache):
+    """(N, 2) numbers of the cache's one file."""
+    (path,) = cache.glob("reference_*.safetensors")
+    return load_file(path)["logprobs"]
+
+
+@pytest.fixture
+def computed_pairs(monkeypatch):
+    """A list to which every pass of a reference adds how many pairs it held."""
+    counts, forward = [], dpo.Policy.forward
+
+    def count(self, microbatch):
+        if not self.training:
+            counts.append((len(microbatch.cu_seqlens) - 1) // 2)
+        return forward(self, microbatch)
+
+    monkeypatch.setattr(dpo.Policy, "forward", count)
+    return counts
+
+
+def test_only_pairs_that_the_run_sees_are_computed(cached, computed_pairs):
+    """Three steps of two pairs need six of 24. Another seed adds those it lacks, and no number in the file changes."""
+    cache, go, _ = cached
+    few, _, _ = go("few", steps=3)
+    seen = set(common.stream(24, 1, range(6)))
+    first = stored(cache)
+    assert sum(computed_pairs) == 6 and set(np.flatnonzero(~first.isnan().any(1))) == seen
+    computed_pairs.clear()
+    go("other", steps=4, seed=2)
+    other = set(common.stream(24, 2, range(8)))
+    assert 0 < len(seen & other) < 8, "the two have some pairs in common"
+    assert sum(computed_pairs) == len(other - seen) and set(np.flatnonzero(~stored(cache).isnan().any(1))) == seen | other
+    assert torch.equal(stored(cache)[list(seen)], first[list(seen)])
+    computed_pairs.clear()
+    assert go("few again", steps=3)[0] == few and not computed_pairs
+    go("all", epochs=2)
+    assert sum(computed_pairs) == 24 - len(seen | other) and not stored(cache).isnan().any()
+    first = stored(cache)
+    computed_pairs.clear()
+    go("still all", epochs=3, seed=5)
+    assert not computed_pairs and torch.equal(stored(cache), first)
+
+
+def test_stop_step_computes_what_the_whole_run_needs(cached, computed_pairs):
+    """So that what comes after the stop is, to the bit, what it would have been without one."""
+    cache, go, _ = cached
+    go("stopped", steps=8, stop_step=2)
+    assert sum(computed_pairs) == 16
+    rest, _, computed = go("stopped", steps=8)
+    assert not computed
+    for path in cache.glob("reference_*"):
+        path.unlink()
+    assert go("whole", steps=8)[0] == rest
+
+
+def test_another_run_came_first(cached, monkeypatch):
+    """What a second run has written while this one computed is what both use, so that this one's rest will find it."""
+    cache, go, _ = cached
+    add = dpo.add_to_reference
+
+    def add_after_another(path, key, values):
+        other = values + 0.5  # far from rounding, so that it shows whose numbers are used
+        other[12:] = math.nan
+        add(path, key, other)
+        return add(path, key, values)
+
+    monkeypatch.setattr(dpo, "add_to_reference", add_after_another)
+    first, _, _ = go("first")
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    again, _, computed = go("again")
+    assert not computed and again == first
+    plain = stored(cache)
+    for path in cache.glob("reference_*"):
+        path.unlink()
+    go("alone")
+    difference = plain - stored(cache)
+    torch.testing.assert_close(difference[:12], torch.full_like(difference[:12], 0.5))
+    assert torch.equal(plain[12:], stored(cache)[12:])
+
+
+def test_killed_while_it_writes_the_reference(cached, monkeypatch):
+    """Half a file under its temporary name: the next run is what it would have been, and leaves a whole file."""
+    cache, go, _ = cached
+    whole, _, _ = go("whole")
+    for path in cache.glob("reference_*"):
+        path.unlink()
+
+    def half(tensors, path, metadata):
+        save_file(tensors, path, metadata=metadata)
+        path.write_bytes(path.read_bytes()[:-20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpo, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        go("run")
+    assert len(list(cache.glob("reference_*.tmp"))) == 1
+    monkeypatch.setattr(dpo, "save_file", save_file)
+    assert go("run")[0] == whole and not list(cache.glob("reference_*.tmp")) and not go("again")[2]
 
 
 def test_other_content_is_another_file(cached, tiny_model):
@@ -483,7 +620,7 @@ def test_a_damaged_cache_is_noticed_and_made_anew(cached, damage):
 
 
 def test_two_runs_share_a_cache(cached, tiny_model, tmp_path):
-    """Started together: both finish, with the same result, and the file they leave is whole."""
+    """Started together: both finish, with the same result, and the file they leave is whole; also with other pairs."""
     cache, _, folder = cached
     environment = {"HF_DATASETS_CACHE": str(cache)}
     flags = {"model": tiny_model, "data": folder / "rows.jsonl", "max_length": 64, "batch_size": 2, "lr": 1e-3}
@@ -492,8 +629,17 @@ def test_two_runs_share_a_cache(cached, tiny_model, tmp_path):
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, f"{stdout}\n{stderr}"
     assert trace(folder / "a") == trace(folder / "b")
-    _, stderr = run("dpo.py", env=environment, out=folder / "c", save_every=0, **flags)
-    assert trace(folder / "c") == trace(folder / "a") and "reference:" not in stderr
+    stdout, _ = run("dpo.py", env=environment, out=folder / "c", save_every=0, **flags)
+    assert trace(folder / "c") == trace(folder / "a") and "log π_ref of" not in stdout
+    for path in cache.glob("reference_*"):
+        path.unlink()
+    runs = [start("dpo.py", env=environment, out=folder / f"seed{seed}", save_every=0, steps=4, seed=seed, **flags)
+            for seed in (1, 2)]  # fmt: skip
+    for process in runs:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{stdout}\n{stderr}"
+    wanted = {pair for seed in (1, 2) for pair in common.stream(24, seed, range(8))}
+    assert set(np.flatnonzero(~stored(cache).isnan().any(1))) == wanted
 
 
 def test_another_reference(tiny_model, tmp_path):

@@ -57,8 +57,9 @@ def train_with_trl(trainer, config, model, rows, out, **special):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # ids already
 
+    special = {"per_device_train_batch_size": BATCH} | special
     settings = config(
-        output_dir=str(out), max_steps=STEPS, max_length=None, per_device_train_batch_size=BATCH,
+        output_dir=str(out), max_steps=STEPS, max_length=None,
         train_sampling_strategy="sequential", bf16=False, gradient_checkpointing=False, use_cpu=True,
         learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1, report_to="none",
         save_strategy="no", disable_tqdm=True, model_init_kwargs={"dtype": "float32"}, **special,
@@ -88,6 +89,18 @@ def test_dpo_equals_trl(start, ours, theirs, tmp_path):
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r, _ in ids]
     losses = train_with_trl(trl.DPOTrainer, trl.DPOConfig, folder / "model", rows, tmp_path / "trl", **theirs)
     call(dpo, model=folder / "model", data=[pairs], out=tmp_path / "run", max_length=400, **OURS, **ours)
+    assert_equal(tmp_path / "run", losses)
+
+
+def test_dpo_with_nll_equals_trl_one_pair_at_a_time(start, tmp_path):
+    """--nll_coef is a mean over pairs (RPO), TRL's "sft" one over the tokens of its microbatch: the same for one pair."""
+    folder, pairs, ids = start
+    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r, _ in ids]
+    losses = train_with_trl(
+        trl.DPOTrainer, trl.DPOConfig, folder / "model", rows, tmp_path / "trl", beta=0.1, loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.5], per_device_train_batch_size=1, gradient_accumulation_steps=BATCH,
+    )  # fmt: skip
+    call(dpo, model=folder / "model", data=[pairs], out=tmp_path / "run", max_length=400, beta=0.1, nll_coef=0.5, **OURS)
     assert_equal(tmp_path / "run", losses)
 
 
