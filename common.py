@@ -33,6 +33,7 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -1913,6 +1914,8 @@ def load_config(args):
     """The configuration of --model, checked against the flags before anything large is loaded. Raises RunError."""
     config = copy.deepcopy(read_source(args.model)[0])
     config.dtype = config.dtype or torch.float32
+    if vars(args).get("attn") == "packed_fa" and not (torch.cuda.is_available() and find_spec("flash_attn")):
+        raise RunError("--attn packed_fa needs the package flash-attn and a CUDA device: --attn packed needs neither")
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_length > limit:
         raise RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
@@ -1974,16 +1977,26 @@ def lock_run(out):
 def read_run_config(out):
     """config.json in the folder of a run, or {}. Raises RunError if it is damaged, or of another program."""
     path = Path(out, "config.json")
-    if not path.exists():
+    if not _is_there(path):
         return {}
     try:
         config = redact(json.loads(path.read_text()))  # as a newer pattern has it
-        if {"script", "data", "args"} <= config.keys():
-            return config
-        why = "it is not of a run"
-    except (ValueError, AttributeError) as error:
-        why = error
-    raise RunError(f"{path} is damaged, or of another program ({why}): restore it, or choose another --out")
+        kinds = {"script": str, "data": list, "args": dict, "steps": int, "date": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(config[name], kind)]
+        wrong += [] if len(config["data"]) == 2 else ["data"]
+        why = f"{wrong[0]} is of the wrong kind" if wrong else None
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        why = repr(error)
+    if why:
+        raise RunError(f"{path} is damaged, or of another program ({why}): restore it, or choose another --out")
+    return config
+
+
+def _is_there(path):
+    """Whether there is such a file. Raises RunError for what is none: a pipe would be waited for."""
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        raise RunError(f"{path} is no file: move it away, or choose another --out")
+    return path.is_file()
 
 
 def start_date(out):
@@ -2000,6 +2013,8 @@ def checkpoints(out):
 
 def hash_file(path):
     """SHA-256 of a file; or why it cannot be read, which is no file's."""
+    if not path.is_file():
+        return "no file"
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -2034,16 +2049,19 @@ def set_aside_if_damaged(folder, hashes):
             raise RunError(f"{folder / name} {whose}: it will not be loaded. If you trust it, chown and chmod go-w it")
     wrong = []
     try:
-        sums = dict(json.loads((folder / "sums.json").read_text()))
-        sums["sums.json"] = hashes["sums.json"]
-        wrong += [f"{name} is missing" for name in sums.keys() - hashes.keys()]
-        wrong += [f"{name} is new" for name in hashes.keys() - sums.keys()]
-        wrong += [f"{name} has changed" for name in sums.keys() & hashes.keys() if sums[name] != hashes[name]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        text = (folder / "sums.json").read_text() if (folder / "sums.json").is_file() else ""
+        sums = json.loads(text)
+        then = sums["files"] | {"sums.json": hashes["sums.json"]}
+        wrong += [f"{name} is missing" for name in then.keys() - hashes.keys()]
+        wrong += [f"{name} is new" for name in hashes.keys() - then.keys()]
+        wrong += [f"{name} has changed" for name in then.keys() & hashes.keys() if then[name] != hashes[name]]
+        if sums["checkpoint"] != folder.name or json.dumps(sums) != text:
+            wrong.append("sums.json is another checkpoint's, or has changed")
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         wrong.append(f"sums.json is damaged or missing ({first_line(error)})")
     if wrong:
         aside = folder.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         folder.rename(aside)
         print(f"WARNING {folder} is damaged, it is now {aside.name}: {'; '.join(sorted(wrong)[:3])}")
     return bool(wrong)
@@ -2054,13 +2072,24 @@ def prepare_run(out, config, first_step):
     replace_text(out / "config.json", json.dumps(config, indent=2))
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "checkpoints").chmod(0o700)  # because of set_aside_if_damaged
-    for path in [*out.glob("checkpoints/*"), *out.glob("model.tmp")]:
+    for path in [*(out / "checkpoints").iterdir(), out / "model.tmp"]:
         if re.fullmatch(r"step_[0-9]+\.(tmp|trash)|model\.tmp", path.name):
-            shutil.rmtree(path)
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-        steps = cut_log(path, first_step)
-        if path.stem == "metrics" and first_step and first_step not in steps:
-            print(f"WARNING {path} does not have step {first_step}, which the checkpoint has: lines of it are lost")
+            _remove(path)
+    cut_log(out / "samples.jsonl", first_step)
+    had_steps = (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 0
+    steps = cut_log(out / "metrics.jsonl", first_step)
+    if had_steps and not first_step:
+        print(f"{out} has no checkpoint: the run begins anew")
+    if first_step and steps not in (list(range(1, first_step + 1)), list(range(first_step + 1))):
+        print(f"WARNING {out}/metrics.jsonl does not have each step up to {first_step} once, in order: it was changed")
+
+
+def _remove(path):
+    """Deletes what is there, if anything: a folder, a file, a link (not what it leads to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cut_log(path, last_step):
@@ -2069,7 +2098,7 @@ def cut_log(path, last_step):
     Raises:
         RunError: a damaged line among those that stay. (After them there may be half a line.)
     """
-    if not path.exists():
+    if not _is_there(path):
         return []
     kept, steps = [], []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if last_step else (), 1):
@@ -2078,7 +2107,7 @@ def cut_log(path, last_step):
             if step <= last_step:
                 kept.append(line)
                 steps.append(step)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             if last_step in steps:
                 break
             raise RunError(f"{path}, row {number}: damaged ({error!r}): mend or delete the file") from None
@@ -2091,7 +2120,7 @@ def summary(out):
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     change = ""
     for name in ("loss", "reward", "eval_loss", "eval_accuracy", "eval_reward"):  # the last that there is
-        values = [entry[name] for entry in entries if name in entry]
+        values = [entry[name] for entry in entries if isinstance(entry.get(name), int | float)]
         if len(values) > 1:
             change = f", {name} {values[0]:.4g} → {values[-1]:.4g}"
     return f"finished{change}. Its model: {out}/model. Next: --model {out}/model of another script, or from_pretrained"
@@ -2099,13 +2128,14 @@ def summary(out):
 
 def replace_text(path, text):
     """Writes a file: whole or not at all."""
+    path.with_suffix(".tmp").unlink(missing_ok=True)
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
 
 
-def sync_to_disk(folder):
-    """fsync of a folder and everything in it."""
-    for path in [*folder.rglob("*"), folder]:
+def sync_to_disk(folder, deep=True):
+    """fsync of a folder and, if deep, of everything in it."""
+    for path in [*folder.rglob("*"), folder] if deep else [folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -533,7 +533,7 @@ def setup_distributed(args):
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
     if tasks != "1" and "RANK" not in os.environ:
         raise common.RunError(f"{tasks} tasks would be {tasks} runs: start one a node, and in it torchrun (see README)")
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with torchrun, whose store still answers:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
@@ -638,7 +638,7 @@ class Run:
         pairs = [("script", old["script"], new["script"]), ("data", old["data"][0], new["data"][0])]
         pairs += [(flag, old["args"].get(flag, value), value) for flag, value in new["args"].items()]
         changed = [f"{name}: {a} → {b}" for name, a, b in pairs if a != b and name not in RUNTIME_FLAGS | longer]
-        reached = old.get("steps", self.num_steps) if is_done else max(common.checkpoints(self.out))
+        reached = old["steps"] if is_done else max(common.checkpoints(self.out))
         changed += [f"steps: {reached} → {self.num_steps}"] if reached > self.num_steps else []
         if changed:
             raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
@@ -769,13 +769,13 @@ class Run:
             export_model(self.args, module.model, self.chat, partial / "model")
             hashes = self._hash(partial, common.files_of_rank(partial, dist.get_rank()))
             if self.is_rank0:
-                (partial / "sums.json").write_text(json.dumps(hashes))
+                (partial / "sums.json").write_text(json.dumps({"checkpoint": final.name, "files": hashes}))
             common.sync_to_disk(partial)
         os.umask(umask)
         dist.barrier()  # all ranks have written their files
 
         def publish():
-            common.sync_to_disk(partial.rename(final).parent)
+            common.sync_to_disk(partial.rename(final).parent, deep=False)
             for old in list(common.checkpoints(self.out).values())[: -self.args.keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".trash")))  # renamed first: there is never half a step_N
 

@@ -1,6 +1,7 @@
 """Runs a script as users do, in processes of its own."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -90,6 +91,7 @@ def _become(argv, env, stdout, stderr):
     """Turns this process, a fork, into `python argv ...`. Does not return."""
     code = 1
     try:
+        gc.freeze()  # a process group that a test has left in a cycle: its end would wait for threads that are not here
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stdout.fileno(), 1)

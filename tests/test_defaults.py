@@ -102,8 +102,8 @@ def type_in(command, home, folder):
         ("torchrun --nproc_per_node 2 sft.py", "runs/sft", 2),
         ("torchrun --nproc_per_node 2 reward_model.py", "runs/reward_model", 1),
         ("torchrun --nproc_per_node 8 dpo.py --beta 0.1", "runs/dpo", 2),
-        ("torchrun --nproc_per_node 2 grpo.py", "runs/grpo", 2),
-        ("torchrun --nproc_per_node 2 ppo_rlvr.py", "runs/ppo_rlvr", 2),
+        ("torchrun --nproc_per_node 2 grpo.py", "runs/grpo", 4),
+        ("torchrun --nproc_per_node 2 ppo_rlvr.py", "runs/ppo_rlvr", 4),
     ],
 )
 def test_the_command_as_typed(hub, tmp_path, command, out, steps):
