@@ -267,7 +267,7 @@ def check_ranges(args):
     ranges = {
         "lr": (0, 1e38), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
         "weight_decay": (0, 1e38), "max_grad_norm": (0, 1e38), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
-        **dict.fromkeys(("batch_size", "steps", "stop_step", "max_length", "tokens_per_microbatch"), (1, 1e9)),
+        **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
         **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
     }  # fmt: skip
     for name, values in vars(args).items():
@@ -390,7 +390,7 @@ class Run:
             "data": [rows and rows.fingerprint for rows in (self.rows, self.eval_rows)],
             "world_size": dist.get_world_size(), "process": f"process {os.getpid()} on {socket.gethostname()}",
         }  # fmt: skip
-        is_done = (self.out / "model").exists()
+        is_done = (self.out / "model" / "config.json").exists()
         if not is_done and not common.checkpoints(self.out):
             return False  # there is nothing to lose
         new = json.loads(json.dumps(self.config))  # tuples become lists, as in the file

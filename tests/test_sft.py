@@ -57,6 +57,8 @@ def assert_same_trajectory(a, b, tolerance):
         for value, other in ((x[1], y[1]), (x[4], y[4])):  # loss, held-out loss
             assert (value is None) == (other is None)
             assert value is None or math.isclose(value, other, rel_tol=tolerance), (x, y)
+        # The gradient's norm: Adam and the clip hide a constant factor of the loss from all that follows.
+        assert x[3] is None or math.isclose(x[3], y[3], rel_tol=1e-2), (x, y)
 
 
 def test_golden_trajectory(reference):
