@@ -1937,7 +1937,8 @@ def read_weights(path, config, model_class):
         if name.endswith(".safetensors") and hash_file(sums.with_name(name)) != digest:
             raise RunError(f"{sums} does not fit {name}: it is damaged, or if changed on purpose, delete SHA256SUMS")
     try:
-        source, info = model_class.from_pretrained(path, dtype=config.dtype, output_loading_info=True)
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are in info, and wrong
+        source, info = model_class.from_pretrained(path, dtype=config.dtype, **options)
     except Exception as error:  # likewise, and safetensors
         raise RunError(f"model {path}: {first_line(error)}") from None
     if not hasattr(source.base_model, "layers"):

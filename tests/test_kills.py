@@ -196,7 +196,7 @@ def test_killed_in_every_phase(runs, tmp_path, script, processes):
     assert_same(out, whole)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["sft.py", "grpo.py"])
 def test_killed_once(runs, tmp_path, script):
     """The same in forks, which is faster: killed in the loop or inside a save."""
     mark, out, rng = uuid.uuid4().hex, tmp_path / "run", random.Random(script)

@@ -352,7 +352,7 @@ def test_the_day_in_a_template_is_that_of_the_run(tmp_path):
     undated = [with_template(TURN + PROMPT, day=day).key for day in ("2026-01-31", "2026-02-01")]
     assert undated[0] == undated[1]
     assert common.start_date(tmp_path) == with_template(dated).date  # today
-    config = {"script": "sft.py", "data": "0", "args": {}, "date": "2025-12-24"}
+    config = {"script": "sft.py", "data": ["0", None], "args": {}, "steps": 1, "date": "2025-12-24"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert common.start_date(tmp_path) == "2025-12-24"
     for broken in ("[broken", "[]", "{}", "5"):

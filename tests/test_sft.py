@@ -319,7 +319,7 @@ def test_errors_are_one_line(tiny_model, tmp_path):
     run("sft.py", expect=2, **good, no_such_flag=1)
 
 
-def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_path, caplog):
+def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_path):
     """A missing weight (transformers only warns), a surplus one, a NaN and a wrong shape are named before training starts."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
     for number, (name, damage) in enumerate([
@@ -336,7 +336,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_fatal(tiny_model, tmp_pat
         out = tmp_path / "run"  # the same each time: a start that failed leaves nothing that is in the way
         with pytest.raises(RunError, match=f"model {folder}: ") as error:
             call(sft, model=folder, data=[rows], out=out, max_length=64, batch_size=4)
-        assert name in str(error.value) + caplog.text  # transformers reports shapes that do not fit in its log
+        assert name in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_model, tmp_path):
