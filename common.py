@@ -117,6 +117,32 @@ def redact(value):
     return value
 
 
+LARGEST = 1e38  # that a flag may be, about float32's
+
+
+def check_ranges(args, ranges, above_zero=()):
+    """Raises RunError for a flag whose number is not in its range, or NaN or infinite.
+
+    Args:
+        args: a script's Args. Of a tuple each number counts; what is no number is left.
+        ranges: {flag: (lowest, highest)}; by default -LARGEST to LARGEST. above_zero: flags that may not be 0 either.
+    """
+    for flag, values in vars(args).items():
+        lowest, highest = ranges.get(flag, (-LARGEST, LARGEST))
+        for value in values if isinstance(values, tuple) else [values]:
+            if not isinstance(value, int | float):
+                continue
+            bound = None
+            if flag in above_zero and not value > 0:
+                bound = "above 0"
+            elif not value >= lowest:
+                bound = f"at least {lowest}"
+            elif not value <= highest:
+                bound = f"at most {highest}"
+            if bound:
+                raise RunError(f"--{flag} {value} is out of range: {bound}")
+
+
 # ---------------------------------------------------------------------------------------------------------- batches
 
 

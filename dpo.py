@@ -52,7 +52,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -318,12 +317,12 @@ def read_reference(path, key, count):
     unknown = torch.full((count, 2), math.nan, dtype=torch.float64)
     if not path.exists():
         return unknown
-    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         values = file.get_tensor("logprobs")
         if values.shape == (count, 2) and file.metadata() == {"key": key, "sha256": checksum(values)}:
             return values
     print(f"{path} is damaged: the reference's log-probabilities are computed again")
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         path.unlink()
     return unknown
 
@@ -432,11 +431,7 @@ def check_ranges(args):
         **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
         **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
     }  # fmt: skip
-    for name, values in vars(args).items():
-        low, high = ranges.get(name, (-1e38, 1e38))
-        for value in values if isinstance(values, tuple) else [values]:
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise common.RunError(f"--{name} {value} is out of range: it may be from {low:g} to {high:g}")
+    common.check_ranges(args, ranges)
 
 
 def leave_at_once(number, frame):
@@ -561,7 +556,8 @@ class Run:
         pairs += [(flag, old["args"].get(flag, value), value) for flag, value in new["args"].items()]
         changed = [f"{name}: {a} → {b}" for name, a, b in pairs if a != b and name not in RUNTIME_FLAGS | longer]
         reached = old["steps"] if is_done else max(common.checkpoints(self.out))
-        changed += [f"steps: {reached} → {self.num_steps}"] if reached > self.num_steps else []
+        if reached > self.num_steps:
+            changed.append(f"steps: {reached} → {self.num_steps}")
         if changed:
             raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
         if is_done and reached == self.num_steps:
@@ -611,7 +607,7 @@ class Run:
 
     def begin(self, step):
         """Starts the clock. What a step draws (dropout) is a function of (seed, step, rank): no state to save."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # until now there was nothing to save
             signal.signal(number, lambda number, frame, signals=self.signals: signals.append(number))
         self.started = time.perf_counter()
         seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)

@@ -80,7 +80,7 @@ from transformers import AutoModelForCausalLM
 import common
 import kernels.attention  # noqa: F401  (registers the attention functions that --attn names)
 from kernels.head import linear_logprobs
-from rewards.environment import ROUNDING, JudgedCompletion, Rollouts, flatten, rewards_differ, rollout_metrics
+from rewards.environment import JudgedCompletion, Rollouts, differ, flatten, rewards_differ, rollout_metrics
 
 
 @dataclass
@@ -186,7 +186,7 @@ def set_advantages(args, group):
     """Equation (1) for the G samples of a prompt."""
     rewards = np.array([completion_reward(args, sample) for sample in group])  # (G,)
     advantages = rewards - rewards.mean()  # (G,)                                                                (1)
-    if rewards.max() - rewards.min() < ROUNDING:
+    if not differ(rewards):
         advantages[:] = 0  # exactly: equal numbers, and their mean, may be off by a rounding
     if args.normalize_std:
         advantages /= rewards.std(ddof=1) + 1e-4
@@ -277,10 +277,11 @@ def main(args):
             break  # nothing is left to learn from: the run is finished
         run.begin(step)  # starts the clock, seeds what is random
 
-        # Sample groups (prompts → completions → rewards) until a batch of them can be kept. All ranks get the same.
+        # Sample groups (prompts → completions → rewards) until a batch of them has rewards that differ, by more than
+        # rounding. All ranks get the same: `groups` to learn from, and all that were `sampled`.
         state_before = rollouts.state_dict()
         rollouts.sync(policy)
-        groups, sampled = rollouts.sample_batch(step, rewards_differ, args.active_sampling)  # to learn from, all
+        groups, sampled = rollouts.sample_batch(step, rewards_differ, args.active_sampling)
         if run.is_stopping():  # the rollout is given up; the same command makes it again
             run.leave(step, policy, optimizer, state_before)  # exits
         rollout_seconds = run.speed(0)["seconds"]
@@ -353,23 +354,16 @@ def main(args):
 
 def check_flags(args):
     """Raises RunError for flags of reinforcement learning that are out of range, or cannot work together."""
-    at_least = {
-        "group_size": 2,  # one has nothing to be compared with
-        "active_sampling": 0, "tis_cap": 0, "kl_beta": 0, "minibatches": 1, "passes": 1, "max_new_tokens": 1,
-        "slots": 1, "inflight": 0, "max_staleness": 1, "verifier_workers": 1,
-        "eval_samples": 1, "eval_temperature": 0, "log_samples": 0,
+    most = common.LARGEST
+    ranges = {
+        "group_size": (2, most),  # one has nothing to be compared with
+        **dict.fromkeys(("passes", "slots", "max_staleness", "verifier_workers", "eval_samples"), (1, most)),
+        **dict.fromkeys(("active_sampling", "tis_cap", "kl_beta"), (0, most)),
+        **dict.fromkeys(("inflight", "eval_temperature", "log_samples"), (0, most)),
+        "minibatches": (1, args.batch_size), "max_new_tokens": (1, args.max_length - 1),
+        "clip_low": (0, 1), "solved": (0, 1),
     }  # fmt: skip
-    above_zero = {"temperature", "clip_low", "clip_high", "solved", "max_logprob_gap"}
-    at_most = {"clip_low": 1, "solved": 1, "minibatches": args.batch_size, "max_new_tokens": args.max_length - 1}
-    for flag, value in vars(args).items():
-        if value is None:
-            continue
-        if value < at_least.get(flag, value):
-            raise common.RunError(f"--{flag} {value} is out of range: at least {at_least[flag]}")
-        if flag in above_zero and value <= 0:
-            raise common.RunError(f"--{flag} {value} is out of range: above 0")
-        if value > at_most.get(flag, value):
-            raise common.RunError(f"--{flag} {value} is out of range: at most {at_most[flag]}")
+    common.check_ranges(args, ranges, {"temperature", "clip_low", "clip_high", "solved", "max_logprob_gap"})
     if "" in args.stop_strings:
         raise common.RunError("--stop_strings has an empty string, which every completion has")
 
@@ -510,11 +504,7 @@ def check_ranges(args):
         **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
         **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
     }  # fmt: skip
-    for name, values in vars(args).items():
-        low, high = ranges.get(name, (-1e38, 1e38))
-        for value in values if isinstance(values, tuple) else [values]:
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise common.RunError(f"--{name} {value} is out of range: it may be from {low:g} to {high:g}")
+    common.check_ranges(args, ranges)
 
 
 def leave_at_once(number, frame):
@@ -639,7 +629,8 @@ class Run:
         pairs += [(flag, old["args"].get(flag, value), value) for flag, value in new["args"].items()]
         changed = [f"{name}: {a} → {b}" for name, a, b in pairs if a != b and name not in RUNTIME_FLAGS | longer]
         reached = old["steps"] if is_done else max(common.checkpoints(self.out))
-        changed += [f"steps: {reached} → {self.num_steps}"] if reached > self.num_steps else []
+        if reached > self.num_steps:
+            changed.append(f"steps: {reached} → {self.num_steps}")
         if changed:
             raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
         if is_done and reached == self.num_steps:
@@ -689,7 +680,7 @@ class Run:
 
     def begin(self, step):
         """Starts the clock. What a step draws (dropout) is a function of (seed, step, rank): no state to save."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # until now there was nothing to save
             signal.signal(number, lambda number, frame, signals=self.signals: signals.append(number))
         self.started = time.perf_counter()
         seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)

@@ -431,26 +431,18 @@ def main(args):
 
 def check_flags(args):
     """Raises RunError for flags of reinforcement learning that are out of range, or cannot work together."""
-    at_least = {
-        "value_clip": 0, "value_coef": 0, "value_lr": 0, "value_warmup_steps": 0, "gamma": 0, "gae_lambda": 0,
-        "reward_model_coef": 0, "group_size": 1, "tis_cap": 0, "kl_beta": 0, "minibatches": 1, "passes": 1,
-        "max_new_tokens": 1, "slots": 1, "inflight": 0, "max_staleness": 1, "verifier_workers": 1,
-        "eval_samples": 1, "eval_temperature": 0, "log_samples": 0,
+    most = common.LARGEST
+    ranges = {
+        **dict.fromkeys(("group_size", "passes", "slots", "max_staleness"), (1, most)),
+        **dict.fromkeys(("verifier_workers", "eval_samples"), (1, most)),
+        **dict.fromkeys(("value_clip", "value_coef", "value_lr", "value_warmup_steps"), (0, most)),
+        **dict.fromkeys(("reward_model_coef", "tis_cap", "kl_beta"), (0, most)),
+        **dict.fromkeys(("inflight", "eval_temperature", "log_samples"), (0, most)),
+        "minibatches": (1, args.batch_size), "max_new_tokens": (1, args.max_length - 1),
+        "clip_low": (0, 1), "solved": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1),
     }  # fmt: skip
     above_zero = {"reward_scale", "temperature", "clip_low", "clip_high", "solved", "max_logprob_gap"}
-    at_most = {
-        "gamma": 1, "gae_lambda": 1, "clip_low": 1, "solved": 1,
-        "minibatches": args.batch_size, "max_new_tokens": args.max_length - 1,
-    }  # fmt: skip
-    for flag, value in vars(args).items():
-        if value is None:
-            continue
-        if value < at_least.get(flag, value):
-            raise common.RunError(f"--{flag} {value} is out of range: at least {at_least[flag]}")
-        if flag in above_zero and value <= 0:
-            raise common.RunError(f"--{flag} {value} is out of range: above 0")
-        if value > at_most.get(flag, value):
-            raise common.RunError(f"--{flag} {value} is out of range: at most {at_most[flag]}")
+    common.check_ranges(args, ranges, above_zero)
     if "" in args.stop_strings:
         raise common.RunError("--stop_strings has an empty string, which every completion has")
 
@@ -656,11 +648,7 @@ def check_ranges(args):
         **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
         **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
     }  # fmt: skip
-    for name, values in vars(args).items():
-        low, high = ranges.get(name, (-1e38, 1e38))
-        for value in values if isinstance(values, tuple) else [values]:
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise common.RunError(f"--{name} {value} is out of range: it may be from {low:g} to {high:g}")
+    common.check_ranges(args, ranges)
 
 
 def leave_at_once(number, frame):
@@ -785,7 +773,8 @@ class Run:
         pairs += [(flag, old["args"].get(flag, value), value) for flag, value in new["args"].items()]
         changed = [f"{name}: {a} → {b}" for name, a, b in pairs if a != b and name not in RUNTIME_FLAGS | longer]
         reached = old["steps"] if is_done else max(common.checkpoints(self.out))
-        changed += [f"steps: {reached} → {self.num_steps}"] if reached > self.num_steps else []
+        if reached > self.num_steps:
+            changed.append(f"steps: {reached} → {self.num_steps}")
         if changed:
             raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
         if is_done and reached == self.num_steps:
@@ -835,7 +824,7 @@ class Run:
 
     def begin(self, step):
         """Starts the clock. What a step draws (dropout) is a function of (seed, step, rank): no state to save."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # until now there was nothing to save
             signal.signal(number, lambda number, frame, signals=self.signals: signals.append(number))
         self.started = time.perf_counter()
         seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)

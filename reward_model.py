@@ -338,11 +338,7 @@ def check_ranges(args):
         **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
         **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
     }  # fmt: skip
-    for name, values in vars(args).items():
-        low, high = ranges.get(name, (-1e38, 1e38))
-        for value in values if isinstance(values, tuple) else [values]:
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise common.RunError(f"--{name} {value} is out of range: it may be from {low:g} to {high:g}")
+    common.check_ranges(args, ranges)
 
 
 def leave_at_once(number, frame):
@@ -467,7 +463,8 @@ class Run:
         pairs += [(flag, old["args"].get(flag, value), value) for flag, value in new["args"].items()]
         changed = [f"{name}: {a} → {b}" for name, a, b in pairs if a != b and name not in RUNTIME_FLAGS | longer]
         reached = old["steps"] if is_done else max(common.checkpoints(self.out))
-        changed += [f"steps: {reached} → {self.num_steps}"] if reached > self.num_steps else []
+        if reached > self.num_steps:
+            changed.append(f"steps: {reached} → {self.num_steps}")
         if changed:
             raise common.RunError(f"{self.out} holds another run ({'; '.join(changed)}): choose another --out")
         if is_done and reached == self.num_steps:
@@ -517,7 +514,7 @@ class Run:
 
     def begin(self, step):
         """Starts the clock. What a step draws (dropout) is a function of (seed, step, rank): no state to save."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # until now there was nothing to save
             signal.signal(number, lambda number, frame, signals=self.signals: signals.append(number))
         self.started = time.perf_counter()
         seed = np.random.SeedSequence([self.args.seed, step, dist.get_rank()]).generate_state(1, np.uint64)

@@ -533,10 +533,14 @@ def flatten(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
+def differ(numbers):
+    """Whether they are further apart than by rounding."""
+    return max(numbers) - min(numbers) > ROUNDING
+
+
 def rewards_differ(group):
     """Whether the verifiers' rewards of a group differ by more than rounding: by DAPO's equation (11), its signal."""
-    rewards = [sample.reward for sample in group]
-    return max(rewards) - min(rewards) > ROUNDING
+    return differ([sample.reward for sample in group])
 
 
 def rollout_metrics(groups, sampled, step):

@@ -126,6 +126,11 @@ def trace(out):
     return [tuple(e.get(k) for k in ("step", "loss", "lr", "grad_norm", "eval_loss")) for e in metrics(out)]
 
 
+def weights(out):
+    """The bytes of the final model's weights."""
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
 def call(module, **flags):
     """A whole run in this process, which saves the imports."""
     locks = []

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import assistant, user, write_jsonl
-from launch import children, kill, metrics, run, start, trace
+from launch import children, kill, metrics, run, start, trace, weights
 from test_sft import assert_same_trajectory
 from transformers import AutoConfig
 
@@ -38,10 +38,6 @@ def uninterrupted(request, flags, tmp_path_factory):
     run("sft.py", request.param, out=out, **flags)
     assert metrics(out)[-1]["step"] == 30
     return request.param, out
-
-
-def weights(out):
-    return (out / "model" / "model.safetensors").read_bytes()
 
 
 def kill_at_a_random_moment(process, out, rng, inside_a_save):

@@ -17,7 +17,7 @@ import time
 
 import pytest
 from conftest import assistant, user, write_jsonl
-from launch import ROOT, call, command, kill, metrics, run, start, trace
+from launch import ROOT, call, command, kill, metrics, run, start, trace, weights
 from transformers import AutoModelForCausalLM
 
 import common
@@ -38,10 +38,6 @@ def flags(tiny_model, data):
         "model": tiny_model, "data": [data], "max_length": 64, "batch_size": 4, "lr": 1e-3, "lr_schedule": "constant",
         "warmup_ratio": 0.0, "steps": 6, "save_every": 2,
     }  # fmt: skip
-
-
-def weights(out):
-    return (out / "model" / "model.safetensors").read_bytes()
 
 
 def wait_for(condition, process, seconds=120):
@@ -338,12 +334,14 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("script, patch, waiting", STARTS.values(), ids=STARTS)
-def test_a_signal_before_training_ends_it_at_once(flags, tmp_path, script, patch, waiting, number):
+SIGNALS = [(name, signal.SIGTERM) for name in STARTS]
+SIGNALS += [("while a model is read", number) for number in (signal.SIGUSR1, signal.SIGINT)]  # one place is enough
+
+
+@pytest.mark.parametrize(("place", "number"), SIGNALS)
+def test_a_signal_before_training_ends_it_at_once(flags, tmp_path, place, number):
     """With 143 (130 by Ctrl-C) within seconds: there is nothing to save."""
-    if number != signal.SIGTERM and waiting != PRODUCT:
-        pytest.skip("one place is enough for the other signals")
+    script, patch, waiting = STARTS[place]
     code = SLOW_START.format(patch=patch, wait=waiting)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("new"), assistant("not cached")]}] * 8)
     arguments = command(script, 1, flags | {"data": data, "out": tmp_path / "run"})
