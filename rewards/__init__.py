@@ -4,7 +4,8 @@
 
     score([("gsm8k", "... so she pays $18.", "18")])    # [Verdict(reward=1.0, reason='right', answer='18')]
 
-    verifiers.py    what is right, for each kind of task; ifeval.py has the 25 instructions of IFEval
+    verifiers.py    what a verifier is; mathematics.py, programs.py, ifeval.py and strings.py have those there are
+    jobs.py         what is asked: one verifier or several, with weights
     pool.py         who judges: processes that can be killed, because completions are hostile
     sandbox.py      where programs that a model wrote run
 
@@ -13,7 +14,9 @@
 The processes that judge import this package, so nothing here may load torch or transformers.
 """
 
-from rewards.pool import Pool, failure_rates, score
+from rewards import ifeval, mathematics, programs, strings  # noqa: F401 (they register verifiers)
+from rewards.jobs import failure_rates
+from rewards.pool import Pool, score
 from rewards.verifiers import REASONS, VERIFIERS, Verdict, Verifier, judge, verifier
 
 __all__ = [

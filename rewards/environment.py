@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import common
 from kernels.sampler import Sampler, SamplingParams
-from rewards.pool import Pool, failure_rates, split_job
+from rewards.jobs import failure_rates, split_job
+from rewards.pool import Pool
 from rewards.verifiers import Verdict
 
 PATIENCE = timedelta(minutes=30)  # with a process that does not come to a meeting of all

@@ -32,6 +32,8 @@ from typing import NamedTuple, NewType
 from langdetect import DetectorFactory, LangDetectException, detect
 from langdetect.detector_factory import PROFILES_DIRECTORY
 
+from rewards.verifiers import Verdict, verifier
+
 DetectorFactory.seed = 0  # langdetect samples; the same text shall get the same language every time
 
 LANGUAGES = sorted(os.listdir(PROFILES_DIRECTORY))
@@ -552,3 +554,22 @@ def check(completion, instructions, loose=False):
         follows = FOLLOWS[name]
         followed.append(any(follows(text, **arguments) for text in texts))
     return followed
+
+
+@verifier("ifeval", gold=parse)
+def follows_instructions(completion, instructions, loose=False):
+    """Zhou et al. 2023 (arXiv 2311.07911): the share of instructions followed, as OLMo 3 rewards it."""
+    if not any(map(str.isalnum, completion)):
+        return Verdict(0.0, "unparsed")  # an invisible character would follow every "do not"
+    followed = check(completion, instructions, loose)
+    missed = [name for (name, _), right in zip(instructions, followed, strict=True) if not right]
+    share = sum(followed) / len(followed)
+    if missed:
+        return share, f"not followed: {', '.join(missed)}"
+    return share, "all followed"
+
+
+@verifier("ifeval_loose", gold=parse)
+def loosely_follows_instructions(completion, instructions):
+    """The same by IFEval's loose reading: a first or last line, or asterisks, may be left out."""
+    return follows_instructions(completion, instructions, loose=True)

@@ -18,7 +18,6 @@ The caller never forks (it may hold CUDA), starts no thread, and reads 64 KiB of
 
 import json
 import logging
-import math
 import os
 import resource
 import signal
@@ -32,8 +31,9 @@ from importlib import import_module
 from multiprocessing.connection import Connection, wait
 
 from rewards import sandbox, verifiers
+from rewards.jobs import combine, fail, split_job
 from rewards.sandbox import SIGKILL, die_with
-from rewards.verifiers import REASONS, VERIFIERS, Verdict, judge, registered_name
+from rewards.verifiers import VERIFIERS, Verdict, judge, not_judged
 
 MEMORY = 2**30  # bytes of address space of a worker
 RECYCLED = 2**29  # a worker that has ever been this large is replaced
@@ -47,49 +47,6 @@ def score(jobs: list[tuple]) -> list[Verdict]:
     """Judges in processes that are started for this call, which takes a second. See `Pool.score`."""
     with Pool() as pool:
         return pool.score(jobs)
-
-
-def failure_rates(verdicts: list[Verdict]) -> dict[str, float]:
-    """The shares of completions that were not judged, as metrics."""
-    counts = Counter(verdict.reason for verdict in verdicts)
-    total = max(len(verdicts), 1)
-    return {f"{reason}_rate": counts[reason] / total for reason in ("unparsed", "timeout", "crash")}
-
-
-def split_job(verifiers, completion, ground_truths, weights=None) -> tuple[list[tuple], list[float]]:
-    """The parts of a job: [(verifier, completion, ground truth), ...], their weights. RunError if it is not a job."""
-    if isinstance(verifiers, str):
-        verifiers = [verifiers]
-        ground_truths = [ground_truths]
-        if weights is not None:
-            weights = [weights]
-    if weights is None:
-        weights = [1.0] * len(verifiers)
-    if not isinstance(ground_truths, list) or not len(verifiers) == len(ground_truths) == len(weights):
-        fail(f"{len(verifiers)} verifiers need lists of as many ground truths and weights")
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
-        fail(f"weights are {weights}, expected finite numbers")
-    names = [registered_name(verifier) for verifier in verifiers]
-    for verifier, name in zip(verifiers, names, strict=True):
-        if name is None:
-            fail(f"no verifier is named {verifier!r}; there are {', '.join(VERIFIERS)}")
-    pairs = zip(names, ground_truths, strict=True)
-    return [(name, completion, ground_truth) for name, ground_truth in pairs], weights
-
-
-def combine(verdicts: list[Verdict], weights: list[float]) -> Verdict:
-    """The weighted sum; the most serious reason; every answer."""
-    reward = sum(weight * verdict.reward for weight, verdict in zip(weights, verdicts, strict=True))
-    reason = max((verdict.reason for verdict in verdicts), key=REASONS.index)
-    answer = " | ".join(verdict.answer for verdict in verdicts)
-    return Verdict(reward, reason, answer)
-
-
-def fail(message: str):
-    """Raises RunError, which a script prints as one line."""
-    from common import RunError  # not at the top: workers import this file, and common.py imports transformers
-
-    raise RunError(message)
 
 
 # ---------------------------------------------------------------- the caller's side
@@ -221,7 +178,7 @@ class Pool:
                     has_crashed.add(index)
                     waiting.appendleft(index)
                 else:
-                    verdicts[index] = verdict or Verdict(0.0, "crash", "the process that judged it died")
+                    verdicts[index] = verdict or not_judged("crash", "the process that judged it died")
                     left -= 1
 
     def _give_out(self, parts, waiting):
@@ -372,7 +329,7 @@ class Worker:
             with suppress(ProcessLookupError):  # it may just have died
                 os.kill(self.pid, SIGKILL)
             self.disconnect()
-        return Verdict(0.0, "timeout")
+        return not_judged("timeout")
 
     def close(self):
         """Ends both processes."""

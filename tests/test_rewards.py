@@ -18,8 +18,8 @@ import rewards
 from common import RunError
 from rewards import Pool, Verdict, failure_rates, judge
 from rewards.__main__ import main
-from rewards.pool import combine
-from rewards.verifiers import last_formula
+from rewards.jobs import combine
+from rewards.mathematics import last_formula
 
 IFEVAL = {  # the types with the most work for each character
     "instruction_id_list": ["language:response_language", "length_constraints:number_sentences", "keywords:frequency", "change_case:capital_word_frequency"],

@@ -12,7 +12,7 @@ from conftest import shared
 from launch import children
 
 import rewards
-from rewards import sandbox, verifiers
+from rewards import programs, sandbox
 
 MISSING = sandbox.missing_layers()
 pytestmark = pytest.mark.skipif(bool(set(MISSING) & set(sandbox.REQUIRED)), reason=f"this kernel lacks {MISSING}")
@@ -210,7 +210,7 @@ JUDGES = [
 
 def test_a_right_program_passes_all_of_them():
     for test in JUDGES:
-        parsed = verifiers.parse_tests([test])
+        parsed = programs.parse_tests([test])
         assert parsed.names == ["f"]
         assert sandbox.test("def f(x): return 2", parsed.pieces, parsed.names) is None
 
@@ -218,7 +218,7 @@ def test_a_right_program_passes_all_of_them():
 @pytest.mark.parametrize("name", FORGES)
 def test_forged_verdicts_are_wrong(name):
     for test in JUDGES[: 1 if name == "an endless iterator" else None]:
-        parsed = verifiers.parse_tests([test])
+        parsed = programs.parse_tests([test])
         assert sandbox.test(FORGES[name], parsed.pieces, parsed.names) is not None, test
 
 
@@ -260,7 +260,7 @@ def test_the_expected_value_is_not_in_the_programs_process():
     ],
 )  # fmt: skip
 def test_right_functions_pass(source, tests):
-    parsed = verifiers.parse_tests(tests)
+    parsed = programs.parse_tests(tests)
     assert sandbox.test(source, parsed.pieces, parsed.names) is None
 
 
@@ -326,7 +326,7 @@ def mutated(source, names):
 
 def judge_all(problems):
     for task, ground_truth, source in problems:
-        names = verifiers.parse_tests(ground_truth).names
+        names = programs.parse_tests(ground_truth).names
         right = rewards.judge("code", f"```python\n{source}\n```", ground_truth)
         assert right.reason == "right", (task, right)
         wrong = rewards.judge("code", f"```python\n{mutated(source, names)}\n```", ground_truth)
