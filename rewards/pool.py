@@ -3,6 +3,12 @@
     with Pool() as pool:
         pool.score([("gsm8k", "... so she pays $18.", "18")])      # [Verdict(reward=1.0, reason='right', answer='18')]
 
+While completions are still being sampled, those that are there can be judged:
+
+    ticket = pool.submit(("gsm8k", "... so she pays $18.", "18"))
+    pool.work()                      # now and then; it does not wait
+    verdicts = pool.collect([ticket])
+
 A job is (verifier, completion, ground_truth), the first and the last as in the columns `dataset` and `ground_truth` of
 the published RLVR data; both may be lists, with a list of weights as a fourth entry, and the reward is then the
 weighted sum.
@@ -28,6 +34,7 @@ import time
 from collections import Counter, deque
 from contextlib import suppress
 from importlib import import_module
+from itertools import count
 from multiprocessing.connection import Connection, wait
 
 from rewards import sandbox, verifiers
@@ -58,8 +65,8 @@ class Pool:
     Args:
         workers: processes; by default the processor cores that are this rank's share of the machine.
         sandbox: what model-written code is run in, "full" or "weak"; see sandbox.py. Checked when first needed.
-        max_failed: the share of completions that may end as `timeout`, `crash` or `bad_ground_truth` in one call of
-            `score` (of 32 or more). Above it the verifier is broken, which would otherwise look like a weak model.
+        max_failed: the share of completions that may end without a judgement in one call of `score` or `collect` (of
+            32 or more). Above it the verifier is broken, which would otherwise look like a weak model.
 
     Raises:
         RunError: a verifier is defined in the script itself.
@@ -76,9 +83,15 @@ class Pool:
         self.sandbox_checked = False
         self.max_failed = max_failed
         self.workers = [Worker(modules, sandbox) for _ in range(workers)]
+        self.numbers = count()  # of tickets and parts
+        self.tickets = {}  # ticket → (numbers of its parts, their weights)
+        self.parts = {}  # number → (verifier, completion, ground truth), until there is a verdict
+        self.waiting = deque()  # numbers of the parts that no worker has
+        self.has_crashed = set()  # numbers of parts
+        self.verdicts = {}  # number → Verdict, until it is collected
 
     def score(self, jobs: list[tuple]) -> list[Verdict]:
-        """Judges completions.
+        """Judges completions, and waits for the verdicts.
 
         Args:
             jobs: (verifier, completion, ground_truth[, weight]), or a tuple of lists of these but for the completion.
@@ -89,15 +102,53 @@ class Pool:
         Raises:
             RunError: it is not a job, too many could not be judged, or the sandbox or the workers do not start.
         """
-        split = [split_job(*job) for job in jobs]
-        verdicts = self._run([part for parts, _ in split for part in parts])
-        self._fail_if_broken(verdicts)
-        combined = []
-        remaining = iter(verdicts)
-        for parts, weights in split:
-            own = [next(remaining) for _ in parts]
-            combined.append(combine(own, weights))
-        return combined
+        tickets = []
+        try:
+            for job in jobs:
+                tickets.append(self.submit(job))
+            return self.collect(tickets)
+        finally:
+            self.forget(tickets)
+
+    def submit(self, job: tuple) -> int:
+        """Queues one job of those that `score` takes, and returns the ticket that `collect` wants for its verdict.
+
+        Nothing is judged before `work` or `collect` is called. Raises RunError if it is not a job, or if it needs the
+        sandbox and that does not start.
+        """
+        parts, weights = split_job(*job)
+        ticket = next(self.numbers)
+        self.tickets[ticket] = [self._queue(part) for part in parts], weights
+        return ticket
+
+    def work(self):
+        """Hands parts to idle workers and takes the verdicts that are there, without waiting for any.
+
+        Raises RunError if the workers do not start.
+        """
+        self._step(patience=0)
+
+    def collect(self, tickets: list[int]) -> list[Verdict]:
+        """Waits for the verdicts on some tickets, returns them in that order, and forgets the tickets.
+
+        Raises RunError if too many of these could not be judged, or the workers do not start; a KeyError if a ticket
+        was collected before.
+        """
+        try:
+            owned = [self.tickets[ticket] for ticket in tickets]
+            self._wait_for([number for numbers, _ in owned for number in numbers])
+            split = [([self.verdicts[number] for number in numbers], weights) for numbers, weights in owned]
+        finally:
+            self.forget(tickets)
+        self._fail_if_broken([verdict for verdicts, _ in split for verdict in verdicts])
+        return [combine(verdicts, weights) for verdicts, weights in split]
+
+    def forget(self, tickets: list[int]):
+        """Drops tickets that nobody will collect, and what is left of their work."""
+        for ticket in tickets:
+            numbers, _ = self.tickets.pop(ticket, ([], []))
+            for number in numbers:
+                self._drop(number)
 
     def check(self, jobs: list[tuple]) -> dict[int, str]:
         """What is wrong with jobs: {index: message}, in order. Their completions are not looked at.
@@ -107,21 +158,24 @@ class Pool:
         from common import RunError
 
         problems = {}
-        questions = []
-        owners = []  # the job that a question is of
-        for index, job in enumerate(jobs):
-            try:
-                parts, _ = split_job(*job)
-            except RunError as error:
-                problems[index] = str(error)
-                continue
-            for name, _, ground_truth in parts:
-                questions.append((name, None, ground_truth))
-                owners.append(index)
-        verdicts = self._run(questions)
-        for index, (name, *_), verdict in zip(owners, questions, verdicts, strict=True):
-            if verdict.reason != "right":
-                problems[index] = f"ground_truth of {name!r}: {verdict.answer or verdict.reason}"
+        questions = {}  # number of a part → (index of its job, verifier)
+        try:
+            for index, job in enumerate(jobs):
+                try:
+                    parts, _ = split_job(*job)
+                except RunError as error:
+                    problems[index] = str(error)
+                    continue
+                for name, _, ground_truth in parts:
+                    questions[self._queue((name, None, ground_truth))] = index, name
+            self._wait_for(questions)
+            for number, (index, name) in questions.items():
+                verdict = self.verdicts[number]
+                if verdict.reason != "right":
+                    problems[index] = f"ground_truth of {name!r}: {verdict.answer or verdict.reason}"
+        finally:
+            for number in questions:
+                self._drop(number)
         return dict(sorted(problems.items()))
 
     def close(self):
@@ -136,7 +190,7 @@ class Pool:
         self.close()
 
     def _fail_if_broken(self, verdicts):
-        failed = [verdict for verdict in verdicts if verdict.reason in ("timeout", "crash", "bad_ground_truth")]
+        failed = [verdict for verdict in verdicts if not verdict.is_judged]
         if len(failed) > self.max_failed * max(len(verdicts), 32):
             counts = Counter(verdict.reason for verdict in failed)
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
@@ -152,62 +206,83 @@ class Pool:
             print(f"sandbox: {self.sandbox}, without {', '.join(missing)}")
         self.sandbox_checked = True
 
-    def _run(self, parts: list[tuple]) -> list[Verdict]:
-        """One verdict for each (verifier, completion, ground truth)."""
-        if not self.sandbox_checked and any(name.startswith("code") for name, *_ in parts):
+    def _queue(self, part: tuple) -> int:
+        """The number of a new part, (verifier, completion, ground truth)."""
+        if not self.sandbox_checked and part[0].startswith("code"):
             self._check_sandbox()
-        verdicts = [None] * len(parts)
+        number = next(self.numbers)
+        self.parts[number] = part
+        self.waiting.append(number)
+        return number
+
+    def _drop(self, number: int):
+        """Forgets a part. A worker that is at it ends it for nothing."""
+        self.parts.pop(number, None)
+        self.verdicts.pop(number, None)
+        self.has_crashed.discard(number)
+
+    def _wait_for(self, numbers):
+        for number in numbers:
+            while number not in self.verdicts:
+                self._step()
+
+    def _step(self, patience: float | None = None):
+        """Hands out parts, and takes the news of workers; waits for the first, `patience` seconds at most."""
         try:
-            self._judge(parts, verdicts)
-        except BaseException:
+            self._give_out()
+            for number, verdict in self._news(patience):
+                self._settle(number, verdict)
+            self._give_out()
+        except BaseException:  # perhaps in the middle of a reply
             for worker in self.workers:
-                worker.kill()  # no verdict of these parts may be taken for one of the next
+                worker.kill()
+            self.waiting = deque(self.parts)
             raise
-        return verdicts
 
-    def _judge(self, parts, verdicts):
-        """Fills in `verdicts`. Every part waits, or is one worker's, or has its verdict."""
-        waiting = deque(range(len(parts)))
-        has_crashed = set()
-        left = len(parts)
-        while left:
-            self._give_out(parts, waiting)
-            for index, verdict in self._news():
-                if verdict is None and index not in has_crashed:
-                    # The process died. The kernel may have killed it for the memory of others: once more.
-                    has_crashed.add(index)
-                    waiting.appendleft(index)
-                else:
-                    verdicts[index] = verdict or not_judged("crash", "the process that judged it died")
-                    left -= 1
+    def _settle(self, number: int, verdict: Verdict | None):
+        """What has become of a part: its verdict, or None if the process that was to judge has died."""
+        if number not in self.parts:
+            return  # forgotten meanwhile
+        if verdict is None and number not in self.has_crashed:
+            # The kernel may have killed the process for the memory of others: once more.
+            self.has_crashed.add(number)
+            self.waiting.appendleft(number)
+            return
+        self.verdicts[number] = verdict or not_judged("crash", "the process that judged it died")
+        del self.parts[number]
 
-    def _give_out(self, parts, waiting):
+    def _give_out(self):
         """To each idle worker a part of those that wait."""
         for worker in self.workers:
-            if waiting and worker.is_idle():
-                index = waiting[0]
-                if worker.give(index, parts[index]):
-                    waiting.popleft()
+            while self.waiting and self.waiting[0] not in self.parts:
+                self.waiting.popleft()  # forgotten
+            if self.waiting and worker.is_idle():
+                number = self.waiting[0]
+                if worker.give(number, self.parts[number]):
+                    self.waiting.popleft()
 
-    def _news(self) -> list[tuple[int, Verdict | None]]:
+    def _news(self, patience: float | None) -> list[tuple[int, Verdict | None]]:
         """Waits for workers, and returns what has become of parts, if anything: (part, its verdict), ...
 
         The verdict is None if the process that was to judge has died.
         """
         active = [worker for worker in self.workers if not worker.is_idle()]
-        sources = [worker.source() for worker in active]
-        ready = wait(sources, min(worker.patience() for worker in active))
+        if not active:
+            return []
+        if patience is None:
+            patience = min(worker.patience() for worker in active)
+        ready = wait([worker.source() for worker in active], patience)
         news = []
         for worker in active:
-            index = worker.job
+            number = worker.job
             if worker.source() in ready:
                 verdict = worker.receive()
             elif worker.patience() == 0:
                 verdict = worker.kill()
             else:
                 continue
-            if index is not None:  # otherwise there was news of a child, not of a part
-                news.append((index, verdict))
+            if number is not None:  # otherwise there was news of a child, not of a part
+                news.append((number, verdict))
         return news
 
 

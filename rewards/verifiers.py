@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 REASONS = ("right", "wrong", "unparsed", "timeout", "unjudged", "crash", "bad_ground_truth")  # the most serious last
+NOT_JUDGED = ("timeout", "unjudged", "crash", "bad_ground_truth")  # what a reward of NaN may have as its reason
 SANDBOX = "full"  # the level that programs run at; a pool sets it in its workers
 
 
@@ -122,9 +123,12 @@ def as_verdict(returned) -> Verdict:
         reward, answer = returned if is_pair else (returned, "")
         if answer is None:
             return Verdict(0.0, "unparsed")
+        if isinstance(reward, (str, bytes)):  # float("1") is 1
+            raise TypeError(f"a reward that is no number: {reward!r}")
         reason = "right" if reward == 1 else "wrong"
         verdict = Verdict(float(reward), reason, str(answer))
-    if verdict.is_judged and not 0 <= verdict.reward <= 1 or verdict.reason not in REASONS:
+    in_range = 0 <= verdict.reward <= 1 if verdict.is_judged else verdict.reason in NOT_JUDGED
+    if not in_range or verdict.reason not in REASONS:
         raise ValueError(f"a verdict of {verdict.reward!r}, {verdict.reason!r}")
     return verdict
 

@@ -55,7 +55,7 @@ def raises(completion, ground_truth):
 
 @verifier("says")
 def says(completion, ground_truth):
-    return {"nan": float("nan"), "two": 2, "half": 0.5, "text": "yes", "none": None, "verdict": Verdict(1.0, "right", "x" * 10**6), "lie": Verdict(float("nan"), "right"), "reason": Verdict(1.0, "because")}[completion]
+    return {"nan": float("nan"), "two": 2, "half": 0.5, "text": "yes", "number": "1", "none": None, "unjudged": Verdict(float("nan"), "unjudged"), "verdict": Verdict(1.0, "right", "x" * 10**6), "lie": Verdict(float("nan"), "right"), "reason": Verdict(1.0, "because")}[completion]
 
 
 @verifier("floods")

@@ -335,7 +335,7 @@ def test_lawless_verifiers_fail_alone(pool, tmp_path):
         (("hangs", "hang", ""), "timeout"), (("hangs", "no", ""), "right"), (("sleeps", "", ""), "timeout"), (("dies", "die", ""), "crash"),
         (("dies", "no", ""), "right"), (("dies_once", "", str(tmp_path / "died")), "right"), (("grows", "", ""), "crash"), (("raises", "", ""), "crash"),
         (("says", "nan", ""), "crash"), (("says", "two", ""), "crash"), (("says", "text", ""), "crash"), (("says", "none", ""), "crash"),
-        (("says", "lie", ""), "crash"), (("says", "reason", ""), "crash"),
+        (("says", "lie", ""), "crash"), (("says", "reason", ""), "crash"), (("says", "number", ""), "crash"), (("says", "unjudged", ""), "unjudged"),
         (("says", "half", ""), "wrong"), (("says", "verdict", ""), "right"), (("floods", "", ""), "right"),
     ]  # fmt: skip
     jobs = [job for case, _ in cases for job in (case, ordinary, ordinary)]
@@ -343,7 +343,7 @@ def test_lawless_verifiers_fail_alone(pool, tmp_path):
     assert [verdict.reason for verdict in verdicts[::3]] == [reason for _, reason in cases]
     assert set(verdicts[1::3] + verdicts[2::3]) == {Verdict(1.0, "right", "5")}
     assert max(len(verdict.answer) for verdict in verdicts) == 200
-    assert failure_rates(verdicts) == {"unparsed_rate": 0.0, "timeout_rate": 2 / 51, "crash_rate": 9 / 51}
+    assert failure_rates(verdicts) == {"unparsed_rate": 0.0, "timeout_rate": 2 / 57, "crash_rate": 10 / 57}
 
 
 def test_a_large_worker_is_replaced(pool):
@@ -369,6 +369,72 @@ def test_an_interrupted_batch_leaves_nothing_behind(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             pool.score([("gsm8k", "I got 5", "5")])
         assert pool.score([("gsm8k", "I got 6", "5")] * 3) == [Verdict(0.0, "wrong", "6")] * 3
+
+
+def test_jobs_one_by_one(pool):
+    """Tickets are collected in any order, beside other calls, and each gets its own verdict."""
+    jobs = [("gsm8k", f"it is {i}", str(i % 7)) for i in range(20)]
+    tickets = [pool.submit(job) for job in jobs]
+    assert len(set(tickets)) == 20
+    several = pool.submit((["gsm8k", "exact"], "5", ["5", "6"], [1, 3]))
+    assert pool.score([("gsm8k", "I got 6", "5")] * 3) == [Verdict(0.0, "wrong", "6")] * 3
+    assert pool.check([("gsm8k", "", "five")]) == {0: "ground_truth of 'gsm8k': no number in 'five'"}
+    assert pool.collect(tickets[::-1]) == pool.score(jobs[::-1])
+    assert pool.collect([several])[0][:2] == (1.0, "wrong")
+    with pytest.raises(KeyError):
+        pool.collect([several])
+    assert pool.collect([]) == []
+    assert (pool.tickets, pool.parts, pool.verdicts, list(pool.waiting)) == ({}, {}, {}, [])
+
+
+def test_work_does_not_wait(pool):
+    """While a verdict takes long, `work` returns at once; in the end the verdicts are there without a `collect`."""
+    tickets = [pool.submit(("sleeps", "", "")) for _ in range(4)] + [pool.submit(("gsm8k", "5", "5"))]
+    pool.work()
+    assert not pool.verdicts.keys() >= {number for ticket in tickets for number in pool.tickets[ticket][0]}
+    deadline = time.monotonic() + 60
+    while len(pool.verdicts) < 5:
+        start = time.process_time()
+        pool.work()
+        assert time.process_time() - start < 0.5 and time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [verdict.reason for verdict in pool.collect(tickets)] == ["timeout"] * 4 + ["right"]
+    pool.work()  # nothing to do
+
+
+def test_forgotten_tickets_cost_nothing(pool):
+    """Neither those that wait, nor those that are being judged, nor those that are done."""
+    done = pool.submit(("gsm8k", "5", "5"))
+    pool.score([("gsm8k", "5", "5")])
+    tickets = [pool.submit(("grows_and_stays", "", "")) for _ in range(50)]
+    pool.work()
+    pool.forget([done, *tickets])
+    assert pool.score([("gsm8k", "I got 6", "5")] * 3) == [Verdict(0.0, "wrong", "6")] * 3
+    assert (pool.tickets, pool.parts, pool.verdicts, list(pool.waiting)) == ({}, {}, {}, [])
+
+
+def test_a_bad_job_takes_the_others_of_its_call_along(pool):
+    with pytest.raises(RunError, match="no verifier is named"):
+        pool.score([("gsm8k", "5", "5")] * 5 + [("nonsense", "5", "5")])
+    assert (pool.tickets, pool.parts) == ({}, {})
+
+
+def test_an_interrupted_call_leaves_other_tickets_alone(monkeypatch):
+    from rewards import pool as module
+
+    with Pool(1) as pool:
+        tickets = [pool.submit(("gsm8k", f"{i}", "3")) for i in range(5)]
+        processes(pool)
+        wait = module.wait
+
+        def interrupted(*_):
+            monkeypatch.setattr(module, "wait", wait)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.score([("gsm8k", "I got 5", "5")])
+        assert [verdict.answer for verdict in pool.collect(tickets)] == list("01234")
 
 
 def test_too_many_failures_stop_the_run():
@@ -502,15 +568,15 @@ def test_hostile_completions(pool):
     assert len(hostile.completions()) >= 100
     completions = hostile.completions()[len(hostile.SLOW_FORMULAS) :] + [hostile.boxed(f) for f in hostile.SLOW_FORMULAS[:3]]
     verdicts = judge_hostile(pool, completions, ALL)
-    assert [text for text in hostile.HEDGES if verdicts["math", text].reward] == []
-    assert [text for name, text in verdicts if name == "math" and verdicts[name, text].reward] == []
+    assert [text for text in hostile.HEDGES if verdicts["math", text].reward > 0] == []
+    assert [text for name, text in verdicts if name == "math" and verdicts[name, text].reward > 0] == []
 
 
 @pytest.mark.slow
 def test_all_hostile_formulas(pool):
     verdicts = judge_hostile(pool, hostile.completions(), ["math"])
     assert sum(verdict.reason == "timeout" for verdict in verdicts.values()) > 10
-    assert [text for _, text in verdicts if verdicts["math", text].reward] == []
+    assert [text for _, text in verdicts if verdicts["math", text].reward > 0] == []
 
 
 @pytest.mark.parametrize("name", ALL)
