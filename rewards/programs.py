@@ -3,13 +3,12 @@
 import json
 import re
 import textwrap
-import time
 from typing import NamedTuple
 
 from rewards import sandbox, verifiers
 from rewards.verifiers import Verdict, verifier
 
-SECONDS = 20  # on the clock, for all tests of a program that reads stdin; a first failure ends them
+SECONDS = 20  # of processor time and sleep, for all tests of a program that reads stdin; a first failure ends them
 
 
 class Tests(NamedTuple):
@@ -103,25 +102,32 @@ def passes_tests(completion, tests):
     if program is None:
         return Verdict(0.0, "unparsed")
     if tests.pieces:
-        error = sandbox.test(program, tests.pieces, tests.names, verifiers.SANDBOX)
+        result = sandbox.test(program, tests.pieces, tests.names, verifiers.SANDBOX)
+        error, is_late = result.error, result.is_late
     else:
-        error = first_failure(program, tests.cases)
+        error, is_late = first_failure(program, tests.cases)
+    if is_late:
+        return Verdict(0.0, "timeout", error)  # a judgement: the program is to blame
     return error is None, error or "all tests passed"
 
 
-def first_failure(program: str, cases: list[tuple[str, str]]) -> str | None:
-    """What a program that reads stdin gets wrong in the first of the cases that it fails; None if it passes all."""
-    start = time.monotonic()
+def first_failure(program: str, cases: list[tuple[str, str]]) -> tuple[str | None, bool]:
+    """What a program that reads stdin gets wrong in the first of the cases that it fails, and whether it was too late.
+
+    (None, False) if it passes all.
+    """
+    seconds = 0.0
     for number, (stdin, expected) in enumerate(cases, 1):
-        max_output = len(expected.encode()) + 4096  # output longer than the right one is wrong without reading on
-        printed, error = sandbox.run(program, stdin, max_output, verifiers.SANDBOX)
-        if error is None and not same_output(printed, expected):
-            error = f"printed {printed.strip()[:100]!r}"
-        if error is None and time.monotonic() - start > SECONDS:
-            error = f"more than {SECONDS} s for all tests"
+        result = sandbox.run(program, stdin, verifiers.SANDBOX)
+        seconds += result.seconds
+        error, is_late = result.error, result.is_late
+        if error is None and not same_output(result.printed, expected):
+            error = f"printed {result.printed.strip()[:100]!r}"
+        if error is None and seconds > SECONDS:
+            error, is_late = f"more than {SECONDS} s for all tests", True
         if error:
-            return f"test {number} of {len(cases)}: {error}"
-    return None
+            return f"test {number} of {len(cases)}: {error}", is_late
+    return None, False
 
 
 def same_output(printed: str, expected: str) -> bool:

@@ -1,21 +1,33 @@
 """Run Python that a model wrote so that it can compute and print, and nothing else.
 
-`run` gives a program its standard input and returns what it printed. `test` runs the tests of a data set against a
-program's functions. What a right answer looks like never enters the program's process: `run` returns the output for the
-caller to compare, and `test` uses two processes, one with the tests and one with the program. In the first, the names
-of the program's functions are proxies; arguments and results cross as plain data (JSON). So there is no result to
-forge, no `__eq__` to override and no grader in reach of the program's frames.
+    run(source, stdin)            a program: what it printed, for the caller to compare
+    test(source, tests, names)    a program's functions, called by the tests of a data set
 
-Four layers, applied by the new process to itself before it runs a line of either text:
+Both return a Result(printed, error, seconds, is_late). What a right answer looks like never enters the program's
+process: `test` uses two processes, one with the tests and one with the program. In the first, the names of the
+program's functions are proxies; arguments and results cross as plain data (JSON). So there is no result to forge, no
+`__eq__` to override and no grader in reach of the program's frames.
 
-    rlimits      1 GiB of memory, `CPU_SECONDS`, output, 32 open files, no core dump
+Layers, applied by the new process to itself before it runs a line of either text:
+
+    rlimits      1 GiB of memory, 10 s of processor time, 16 MiB of output, 32 open files, no core dump
     landlock     reads only the interpreter, its libraries and site-packages                (Linux 5.13)
     seccomp      a list of permitted system calls, on x86-64 and ARM64: no process, socket, signal, write-open, ...
     namespaces   own user, network and IPC namespaces, where the kernel allows that
+    mounts       a root folder of its own with nothing in it but what Landlock lets it read, likewise
+    (and it gives up all capabilities)
 
 `full` (the default) refuses to run anything unless Landlock and seccomp are in force. `weak` takes what there is.
 A pid namespace would hold nothing: seccomp lets a program neither start a process nor signal one. A program has no
 writable folder, and no sockets at all, so asyncio does not work either.
+
+What a program can see: its own text, standard input and arguments of calls; the interpreter and its libraries; the
+paths of these; the clock; the machine's memory, load and number of processes (sysinfo); its parent's process id. All
+limits are the same for all programs and tests. Where the kernel grants no namespaces it can also ask for any path
+whether there is such a file, how large and how old, since Landlock does not cover stat(); never what is in it.
+
+Processor time ends what computes, and sleep what sleeps, but no clock: on a busy machine a program waits for its turn,
+and its verdict is the same. See `Sleep`.
 
 This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
 """
@@ -26,10 +38,12 @@ import ctypes
 import os
 import select
 import sys
+import time
 
 CPU_SECONDS = 10  # of processor time, for each process
-WALL_SECONDS = 30  # on the clock: a program that sleeps, on a busy machine
+SLEEP_SECONDS = 3  # that processes may sleep longer than they have computed
 MEMORY = 2**30  # bytes of address space
+OUTPUT = 2**24  # bytes printed; never a function of what a right program prints, which would tell how much that is
 REPLY = 2**24  # bytes of one result
 SIGKILL = 9
 REQUIRED = ("landlock", "seccomp")
@@ -45,22 +59,35 @@ class SandboxError(RuntimeError):
 # ---------------------------------------------------------------- the caller's side
 
 
-def run(source: str, stdin: str, max_output: int = 65536, level: str = "full") -> tuple[str, str | None]:
-    """Run `source` as a script: what it printed and, unless it ended by itself with status 0, one line that says how.
+class Result:
+    """What has become of a program. (No NamedTuple: the import of `typing` would cost a third of a program's start.)
 
-    More than `max_output` bytes of output are an error in the program.
+    Attributes:
+        printed: its standard output (of `run`).
+        error: one line that says what went wrong; None if it ended by itself with status 0.
+        seconds: of processor time that its processes used, and of sleep.
+        is_late: it was stopped, at the limit of one of the two.
     """
+
+    def __init__(self, printed: str, error: str | None, seconds: float, is_late: bool):
+        self.printed = printed
+        self.error = error
+        self.seconds = seconds
+        self.is_late = is_late
+
+
+def run(source: str, stdin: str, level: str = "full") -> Result:
+    """Run `source` as a script. More than OUTPUT bytes of output are an error in the program."""
     with Files(text=source, stdin=stdin, stdout="") as files:
-        process = start("script", level, files, max_output)
-        error = finish([process], files)
-        printed = read(files["stdout"], max_output)
-    return printed, error
+        result = finish([start("script", level, files)], files)
+        result.printed = read(files["stdout"], OUTPUT)
+        return result
 
 
-def test(source: str, tests: list[str], names: list[str], level: str = "full") -> str | None:
+def test(source: str, tests: list[str], names: list[str], level: str = "full") -> Result:
     """Run `tests` (pieces of Python, in order, in one namespace) with `names` standing for the program's functions.
 
-    Returns None when all pass, otherwise one line that says which did not and why.
+    The error is None when all pass, otherwise it says which did not and why.
     """
     import json
 
@@ -135,10 +162,9 @@ def names_in(tests: list[str]) -> tuple[set, set, set]:
 def missing_layers() -> list[str]:
     """The layers that this machine cannot provide, found by trying. Raises SandboxError if nothing starts."""
     with Files(text="", stdin="", stdout="") as files:
-        process = start("layers", "weak", files)
-        error = finish([process], files)
-        if error:
-            raise SandboxError(f"the sandbox does not start: {error}")
+        result = finish([start("layers", "weak", files)], files)
+        if result.error:
+            raise SandboxError(f"the sandbox does not start: {result.error}")
         return read(files["stdout"]).split()
 
 
@@ -192,14 +218,13 @@ def read(fd: int, limit: int = 65536) -> str:
     return os.pread(fd, limit, 0).decode("utf-8", "replace")
 
 
-def start(mode: str, level: str, files: dict[str, int], max_output: int = 65536) -> int:
+def start(mode: str, level: str, files: dict[str, int]) -> int:
     """A fresh interpreter that fences itself in, says so in files["report"], and handles files["text"].
 
     Args:
         mode: what the text is: "script", "functions", "tests", or "layers" to print those that are missing.
         level: one of LEVELS.
         files: name → file descriptor, for all of DESCRIPTORS.
-        max_output: bytes that it may write.
 
     Returns:
         Its process id.
@@ -209,7 +234,7 @@ def start(mode: str, level: str, files: dict[str, int], max_output: int = 65536)
     here = os.path.dirname(os.path.abspath(__file__))
     packages = sysconfig.get_path("purelib")
     code = "import sys; sys.path.insert(0, sys.argv.pop()); import sandbox; sandbox.inside(*sys.argv[1:])"
-    arguments = [mode, level, str(max_output), str(os.getpid()), packages, here]
+    arguments = [mode, level, str(os.getpid()), packages, here]
     environment = {  # and nothing of the caller's: no keys, no proxies
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
@@ -226,48 +251,105 @@ def start(mode: str, level: str, files: dict[str, int], max_output: int = 65536)
     )
 
 
-def finish(pids: list[int], files: Files) -> str | None:
-    """Wait for the first process, whose `files` are given, end them all, and say in one line what went wrong.
+def finish(pids: list[int], files: Files) -> Result:
+    """Wait for the first process, whose `files` are given, end them all, and say what has become of them.
 
     Raises SandboxError if it could not fence itself in.
     """
-    is_late = not ends_in_time(pids[0])
+    sleep = Sleep()
+    overslept = not ends_in_time(pids, sleep)
     # Who has ended by itself: the kernel sends SIGKILL at the limit of processor time, and so do we, but below.
     ended = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids]
     for pid in pids:
         os.kill(pid, SIGKILL)  # it could not start another process
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    status = statuses[0]
+    statuses = []
+    seconds = sleep.seconds
+    for pid in pids:
+        _, status, usage = os.wait4(pid, 0)
+        statuses.append(os.waitstatus_to_exitcode(status))
+        seconds += usage.ru_utime + usage.ru_stime
 
     lines = read(files["stderr"]).strip().splitlines()
-    last_line = lines[-1] if lines else f"exit status {status}"
+    last_line = lines[-1] if lines else f"exit status {statuses[0]}"
     report = read(files["report"])
     if report != CONFINED:
         raise SandboxError(report or f"a process of the sandbox did not start: {last_line}")
-    if is_late:
-        return f"more than {WALL_SECONDS} s"
-    if status == 0:
-        return None
-    for end in ended:  # None for a process that had not ended
-        if end and end.si_status == SIGKILL and end.si_code == os.CLD_KILLED:
-            return f"more than {CPU_SECONDS} s of processor time"
-    return last_line[:200]
+    # None is for a process that had not ended.
+    used_up = any(end and end.si_status == SIGKILL and end.si_code == os.CLD_KILLED for end in ended)
+    error = None
+    if overslept:
+        error = f"slept for {SLEEP_SECONDS} s more than it computed"
+    elif statuses[0] != 0:
+        error = f"more than {CPU_SECONDS} s of processor time" if used_up else last_line[:200]
+    return Result("", error, seconds, error is not None and (overslept or used_up))
 
 
-def ends_in_time(pid: int) -> bool:
-    """Waits for a process, WALL_SECONDS at most."""
-    fd = os.pidfd_open(pid)
+def ends_in_time(pids: list[int], sleep) -> bool:
+    """Waits for the first process; False once all of them have slept too long."""
+    fd = os.pidfd_open(pids[0])
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    events = poll.poll(1000 * WALL_SECONDS)
+    while not (has_ended := poll.poll(1000 * sleep.LOOK)):
+        sleep.look(pids)
+        if sleep.seconds > SLEEP_SECONDS + sleep.used:
+            break
     os.close(fd)
-    return bool(events)
+    return bool(has_ended)
+
+
+class Sleep:
+    """How long processes have slept together, of the time in which somebody had a look at them.
+
+    A process that waits for a processor core does not sleep, nor does one that waits for a disk: the kernel's letter
+    for it is R or D then. So a busy machine makes nobody a sleeper. That letter is true for one moment only; the
+    processor time used since the last look speaks for the time between.
+    """
+
+    LOOK = 0.25  # seconds from one look to the next, and the most that one look adds
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.used = 0.0  # seconds of processor time, with that of children who have ended
+        self.looked = time.monotonic()
+
+    def look(self, pids: list[int]):
+        """Adds the time since the last look to `seconds` if all of them slept for most of it, and do so now."""
+        now = time.monotonic()
+        used = 0.0
+        letters = set()
+        for pid in pids:
+            try:
+                used += processor_time(pid)
+                letters.update(states(pid))
+            except OSError:  # it has just ended
+                letters.add("R")
+        passed = now - self.looked
+        if not letters & {"R", "D"} and used - self.used < passed / 5:
+            self.seconds += min(passed, self.LOOK)
+        self.looked = now
+        self.used = max(used, self.used)
+
+
+def states(pid: int) -> list[str]:
+    """The letter of each of its threads: R runs or waits for a core, D waits for a disk, S sleeps, T is stopped."""
+    letters = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            letters.append(file.read().rpartition(") ")[2][0])
+    return letters
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has used, with those of children that it has waited for."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(") ")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime
 
 
 # ---------------------------------------------------------------- the new process
 
 
-def inside(mode: str, level: str, max_output: str, parent: str, packages: str):
+def inside(mode: str, level: str, parent: str, packages: str):
     """What `start` starts. All arguments are text, from a command line; `packages` is the folder site-packages."""
     os.chdir("/")
     os.closerange(5, 2**31 - 1)
@@ -281,7 +363,7 @@ def inside(mode: str, level: str, max_output: str, parent: str, packages: str):
         os.dup2(null, 0)
         os.dup2(null, 1)
 
-    missing = confine(int(max_output), int(parent))
+    missing = confine(int(parent))
     if level == "full" and set(missing) & set(REQUIRED):
         os.write(4, f"the sandbox lacks {', '.join(missing)}".encode())
         os._exit(1)
@@ -521,11 +603,11 @@ def decode(value, remote=None):
 # ---------------------------------------------------------------- the layers
 
 
-def confine(max_output: int, parent: int) -> list[str]:
+def confine(parent: int) -> list[str]:
     """Fence this process in, for good. Returns the layers that could not be had."""
     import resource
 
-    limits = {"AS": MEMORY, "CPU": CPU_SECONDS, "FSIZE": max_output, "NOFILE": 32, "CORE": 0}
+    limits = {"AS": MEMORY, "CPU": CPU_SECONDS, "FSIZE": OUTPUT, "NOFILE": 32, "CORE": 0}
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     sys.set_int_max_str_digits(0)
@@ -533,8 +615,14 @@ def confine(max_output: int, parent: int) -> list[str]:
     libc = ctypes.CDLL(None, use_errno=True)
     PR_SET_NO_NEW_PRIVS = 38
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    layers = {"namespaces": namespaces, "landlock": landlock, "seccomp": seccomp}
-    return [name for name, apply in layers.items() if not apply(libc)]
+    layers = {"namespaces": namespaces, "mounts": mounts, "landlock": landlock, "seccomp": seccomp}
+    missing = []
+    for name, apply in layers.items():
+        if name == "landlock":
+            drop_capabilities(libc)  # which only `mounts` needs
+        if not apply(libc):
+            missing.append(name)
+    return missing
 
 
 def die_with(parent: int):
@@ -545,17 +633,71 @@ def die_with(parent: int):
         os._exit(1)
 
 
+def drop_capabilities(libc):
+    """Those of root, and those that come with a user namespace."""
+    VERSION = 0x20080522
+    libc.capset((ctypes.c_uint32 * 2)(VERSION, 0), (ctypes.c_uint32 * 6)())
+
+
 def namespaces(libc) -> bool:
     """No network interface, no user, no shared memory but its own. False where containers forbid that."""
     CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
-    return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
+    ids = {"uid_map": f"65534 {os.getuid()} 1", "gid_map": f"65534 {os.getgid()} 1"}  # 65534 is "nobody"
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC):
+        return False
+    try:
+        for name, text in {"setgroups": "deny", **ids}.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except OSError:
+        pass  # it has no id at all then, and `mounts` fails
+    return True
 
 
-def landlock(libc) -> bool:
-    """Reading below a few folders, and nothing else of what the first version of Landlock can forbid.
+def readable() -> list[str]:
+    """The folders and files that a program may read, parents first.
 
     Not all of /usr: images keep projects, and so ground truths, in /usr/src.
     """
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
+    devices = ("/dev/null", "/dev/urandom")
+    python = (f"{sys.base_prefix}/lib", os.path.dirname(os.__file__), sys.path[0])  # the last is site-packages
+    return [path for path in sorted({*system, *devices, *python}) if os.path.exists(path)]
+
+
+def mounts(libc) -> bool:
+    """A root folder with nothing in it but what is readable: for all other files even stat() finds nothing."""
+    CLONE_NEWNS = 0x20000
+    MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 0x1000, 0x4000, 0x40000, 2
+    NEW = "/proc"  # a folder that there is everywhere, and that is not needed any more
+    if libc.unshare(CLONE_NEWNS):
+        return False
+    failed = libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
+    failed = failed or libc.mount(b"tmpfs", NEW.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=64k,mode=755")
+    if failed:
+        return False
+    bound = []
+    for path in readable():
+        if any(path.startswith(f"{parent}/") for parent in bound):
+            continue  # it is there already
+        place = NEW + path
+        if os.path.isdir(path):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.mknod(place)
+        if libc.mount(os.fsencode(path), os.fsencode(place), None, MS_BIND | MS_REC, None):
+            return False
+        bound.append(path)
+    os.chdir(NEW)
+    if libc.pivot_root(b".", b".") or libc.umount2(b".", MNT_DETACH):  # the old root lies on the new one until then
+        return False
+    os.chdir("/")
+    return True
+
+
+def landlock(libc) -> bool:
+    """Reading what is readable, and nothing else of what the first version of Landlock can forbid."""
     CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the numbers of all architectures
     READ_FILE, READ_DIR = 1 << 2, 1 << 3
     ALL = 0x1FFF  # rights of the first version
@@ -564,12 +706,7 @@ def landlock(libc) -> bool:
     ruleset = libc.syscall(CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         return False
-    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
-    devices = ("/dev/null", "/dev/urandom")
-    python = (f"{sys.base_prefix}/lib", os.path.dirname(os.__file__), sys.path[0])  # the last is site-packages
-    for path in sorted({*system, *devices, *python}):
-        if not os.path.exists(path):
-            continue
+    for path in readable():
         fd = os.open(path, os.O_PATH)
         rights = READ_FILE
         if os.path.isdir(path):
@@ -613,6 +750,7 @@ def conditions() -> dict[str, tuple[int, int, list[int]]]:
         "clone": (0, CLONE_THREAD, [CLONE_THREAD]),  # threads, no processes
         "openat": (2, WRITES, [0]),
         "tgkill": (0, ALL, [os.getpid()]),  # abort(), and nobody else
+        "sched_getaffinity": (0, ALL, [0, os.getpid()]),  # not to find out which processes there are
         "prlimit64": (0, ALL, [0]),  # its own limits
         "fcntl": (1, ALL, [0, 1, 2, 3, 1030]),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
         "ioctl": (1, ALL, [0x5401, 0x5413, 0x5450, 0x5451]),  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX

@@ -18,12 +18,6 @@ MISSING = sandbox.missing_layers()
 pytestmark = pytest.mark.skipif(bool(set(MISSING) & set(sandbox.REQUIRED)), reason=f"this kernel lacks {MISSING}")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A program that sleeps is not waited for 30 seconds."""
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", 5)
-
-
 @pytest.mark.parametrize(
     ("source", "stdin", "printed"),
     [
@@ -42,7 +36,9 @@ def quick(monkeypatch):
     ],
 )
 def test_ordinary_programs_run(source, stdin, printed):
-    assert sandbox.run(source, stdin) == (printed, None)
+    result = sandbox.run(source, stdin)
+    assert (result.printed, result.error, result.is_late) == (printed, None, False)
+    assert 0 < result.seconds < 3
 
 
 PROBES = {  # each would end without an error, or print LEAK, if it could do what it tries
@@ -99,9 +95,9 @@ def test_probes_are_blocked(name, tmp_path, monkeypatch):
     file.write_text("LEAK")
     monkeypatch.setenv("SECRET", "1")
     source = PROBES[name].replace("FILE", str(file)).replace("FOLDER", str(tmp_path)).replace("PORT", "9")
-    printed, error = sandbox.run(source, "")
-    assert error is not None
-    assert "LEAK" not in printed
+    result = sandbox.run(source, "")
+    assert result.error is not None
+    assert "LEAK" not in result.printed
     assert file.read_text() == "LEAK"
     assert sorted(os.listdir(tmp_path)) == ["file"]
     assert file.stat().st_mode & 0o777 != 0
@@ -121,19 +117,18 @@ def test_the_probes_succeed_outside(name, tmp_path):
         ("while True: pass", "10 s of processor time"),
         ("9 ** 9 ** 9", "10 s of processor time"),
         ("import signal\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\nwhile True: pass", "10 s of processor time"),
-        ("import time\ntime.sleep(60)", "more than 25 s"),
-        ("input()\n" * 9, "EOFError"),
     ],
 )  # fmt: skip
-def test_programs_that_do_not_end(source, message, monkeypatch):
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", 25)
-    assert message in sandbox.run(source, "")[1]
+def test_programs_that_do_not_end(source, message):
+    result = sandbox.run(source, "")
+    assert message in result.error
+    assert result.is_late and result.seconds > 9
 
 
 def test_output_is_capped_and_nothing_is_left_behind():
     before = set(os.listdir("/proc/self/fd"))
-    printed, error = sandbox.run("while True: print('x' * 1000)", "", max_output=5000)
-    assert (len(printed), "File too large" in error) == (5000, True)
+    result = sandbox.run("while True: print('x' * 1000)", "")
+    assert (len(result.printed), "File too large" in result.error, result.is_late) == (sandbox.OUTPUT, True, False)
     assert set(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # no child, no zombie
@@ -144,15 +139,15 @@ def test_the_program_does_not_see_the_files_of_the_caller():
     import fcntl
 
     fd = fcntl.fcntl(os.open("/dev/zero", os.O_RDONLY), fcntl.F_DUPFD, 5000)  # inheritable
-    printed, _ = sandbox.run("import os\nfor fd in range(3, 6000):\n    try: os.fstat(fd); print('LEAK', fd)\n    except OSError: pass", "")
+    result = sandbox.run("import os\nfor fd in range(3, 6000):\n    try: os.fstat(fd); print('LEAK', fd)\n    except OSError: pass", "")
     os.close(fd)
-    assert printed == ""
+    assert result.printed == ""
 
 
 def test_the_new_process_imports_one_file():
     """Not the package around it: what judges is in no program's reach, and programs start in 30 ms."""
-    printed, _ = sandbox.run("import sys; print(*(name for name in ('sandbox', 'rewards') if name in sys.modules))", "")
-    assert printed == "sandbox\n"
+    result = sandbox.run("import sys; print(*(name for name in ('sandbox', 'rewards', 'typing') if name in sys.modules))", "")
+    assert result.printed == "sandbox\n"
 
 
 def test_a_program_dies_with_the_one_who_waits_for_it(tmp_path):
@@ -212,14 +207,14 @@ def test_a_right_program_passes_all_of_them():
     for test in JUDGES:
         parsed = programs.parse_tests([test])
         assert parsed.names == ["f"]
-        assert sandbox.test("def f(x): return 2", parsed.pieces, parsed.names) is None
+        assert sandbox.test("def f(x): return 2", parsed.pieces, parsed.names).error is None
 
 
 @pytest.mark.parametrize("name", FORGES)
 def test_forged_verdicts_are_wrong(name):
     for test in JUDGES[: 1 if name == "an endless iterator" else None]:
         parsed = programs.parse_tests([test])
-        assert sandbox.test(FORGES[name], parsed.pieces, parsed.names) is not None, test
+        assert sandbox.test(FORGES[name], parsed.pieces, parsed.names).error is not None, test
 
 
 def test_the_expected_value_is_not_in_the_programs_process():
@@ -232,7 +227,7 @@ def test_the_expected_value_is_not_in_the_programs_process():
         "    while frame: seen += [repr(frame.f_locals), repr(frame.f_globals)]; frame = frame.f_back\n"
         "    return any('8675309' in s.replace(repr(f.__code__), '') for s in seen if 'seen' not in s)\n"
     )
-    assert sandbox.test(source, ["assert f(1) is not True, f(1)", "x = 8675309"], ["f"]) is None
+    assert sandbox.test(source, ["assert f(1) is not True, f(1)", "x = 8675309"], ["f"]).error is None
 
 
 @pytest.mark.parametrize(
@@ -261,13 +256,13 @@ def test_the_expected_value_is_not_in_the_programs_process():
 )  # fmt: skip
 def test_right_functions_pass(source, tests):
     parsed = programs.parse_tests(tests)
-    assert sandbox.test(source, parsed.pieces, parsed.names) is None
+    assert sandbox.test(source, parsed.pieces, parsed.names).error is None
 
 
 def test_failures_are_explained():
-    assert sandbox.test("def f(x): return 3", ["assert f(1) == 3", "assert f(1) == 2, f(1)"], ["f"]) == "test 2 of 2: AssertionError: 3"
-    assert "SyntaxError" in sandbox.test("def f(x) return 3", ["assert f(1) == 3"], ["f"])
-    assert "NameError" in sandbox.run("undefined", "")[1]
+    assert sandbox.test("def f(x): return 3", ["assert f(1) == 3", "assert f(1) == 2, f(1)"], ["f"]).error == "test 2 of 2: AssertionError: 3"
+    assert "SyntaxError" in sandbox.test("def f(x) return 3", ["assert f(1) == 3"], ["f"]).error
+    assert "NameError" in sandbox.run("undefined", "").error
 
 
 def test_missing_layers_are_refused_by_name(monkeypatch):
@@ -289,12 +284,12 @@ def test_the_process_itself_refuses(layer, tmp_path, monkeypatch):
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import sandbox
 assert sandbox.missing_layers() == [{layer!r}] + {MISSING!r}
-print(sandbox.run('print(1)', '', level='weak'))
+print(sandbox.run('print(1)', '', level='weak').printed)
 try: sandbox.run('print(1)', '')
 except sandbox.SandboxError as error: print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == f"('1\\n', None)\nthe sandbox lacks {layer}\n", result.stderr
+    assert result.stdout == f"1\n\nthe sandbox lacks {layer}\n", result.stderr
 
 
 # ------------------------------------------------------------------------------------------- published problems
@@ -340,7 +335,6 @@ def test_reference_solutions_pass_and_mutated_ones_fail():
 
 
 @pytest.mark.slow
-def test_all_reference_solutions_pass_and_mutated_ones_fail(monkeypatch):
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", 30)  # MBPP/123 computes for five
+def test_all_reference_solutions_pass_and_mutated_ones_fail():
     assert len(list(judge_all(humaneval()))) == 164
     assert len(list(judge_all(mbpp()))) == 427
