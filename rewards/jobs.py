@@ -2,7 +2,7 @@
 
 A job is (verifier, completion, ground_truth), the first and the last as in the columns `dataset` and `ground_truth` of
 the published RLVR data; both may be lists, with a list of weights as a fourth entry, and the reward is then the
-weighted sum.
+weighted sum. A fifth entry is the context, {"prompt": messages, "row": other columns}, where a verifier wants it.
 """
 
 import math
@@ -18,8 +18,11 @@ def failure_rates(verdicts: list[Verdict]) -> dict[str, float]:
     return {f"{reason}_rate": counts[reason] / total for reason in ("unparsed", "timeout", "crash")}
 
 
-def split_job(verifiers, completion, ground_truths, weights=None) -> tuple[list[tuple], list[float]]:
-    """The parts of a job: [(verifier, completion, ground truth), ...], their weights. RunError if it is not a job."""
+def split_job(verifiers, completion, ground_truths, weights=None, context=None) -> tuple[list[tuple], list[float]]:
+    """The parts of a job, and their weights: [(verifier, completion, ground truth, what it wants besides), ...].
+
+    Raises RunError if it is not a job, or if its context lacks what a verifier wants.
+    """
     if isinstance(verifiers, str):
         verifiers = [verifiers]
         ground_truths = [ground_truths]
@@ -35,8 +38,14 @@ def split_job(verifiers, completion, ground_truths, weights=None) -> tuple[list[
     for verifier, name in zip(verifiers, names, strict=True):
         if name is None:
             fail(f"no verifier is named {verifier!r}; there are {', '.join(VERIFIERS)}")
-    pairs = zip(names, ground_truths, strict=True)
-    return [(name, completion, ground_truth) for name, ground_truth in pairs], weights
+    parts = []
+    for name, ground_truth in zip(names, ground_truths, strict=True):
+        wants = VERIFIERS[name].wants if completion is not None else ()
+        missing = [want for want in wants if want not in (context or {})]
+        if missing:
+            fail(f"the verifier {name!r} wants the {missing[0]}, which this job does not have")
+        parts.append((name, completion, ground_truth, {want: context[want] for want in wants}))
+    return parts, weights
 
 
 def combine(verdicts: list[Verdict], weights: list[float]) -> Verdict:

@@ -33,18 +33,19 @@ import sys
 import time
 from collections import Counter, deque
 from contextlib import suppress
-from importlib import import_module
 from itertools import count
 from multiprocessing.connection import Connection, wait
 
 from rewards import sandbox, verifiers
 from rewards.jobs import combine, fail, split_job
+from rewards.judges import Judges
 from rewards.sandbox import SIGKILL, die_with
 from rewards.verifiers import VERIFIERS, Verdict, judge, not_judged
 
 MEMORY = 2**30  # bytes of address space of a worker
 RECYCLED = 2**29  # a worker that has ever been this large is replaced
 REPLY = 65536  # bytes of a verdict, at most
+MAX_UNJUDGED = 0.5  # as `max_failed` of Pool, of verdicts that are `unjudged`
 
 
 # ---------------------------------------------------------------- jobs and verdicts
@@ -85,16 +86,19 @@ class Pool:
         self.workers = [Worker(modules, sandbox) for _ in range(workers)]
         self.numbers = count()  # of tickets and parts
         self.tickets = {}  # ticket → (numbers of its parts, their weights)
-        self.parts = {}  # number → (verifier, completion, ground truth), until there is a verdict
+        self.parts = {}  # number → (verifier, completion, ground truth, context), until there is a verdict
         self.waiting = deque()  # numbers of the parts that no worker has
         self.has_crashed = set()  # numbers of parts
         self.verdicts = {}  # number → Verdict, until it is collected
+        self.judges = None  # until a verifier asks a model
+        self.asked = {}  # number of a part that is theirs → Future of its Verdict
 
     def score(self, jobs: list[tuple]) -> list[Verdict]:
         """Judges completions, and waits for the verdicts.
 
         Args:
-            jobs: (verifier, completion, ground_truth[, weight]), or a tuple of lists of these but for the completion.
+            jobs: (verifier, completion, ground_truth[, weight[, context]]); all but the completion and the context may
+                be lists. See jobs.py.
 
         Returns:
             One Verdict for each job, in order.
@@ -118,7 +122,7 @@ class Pool:
         """
         parts, weights = split_job(*job)
         ticket = next(self.numbers)
-        self.tickets[ticket] = [self._queue(part) for part in parts], weights
+        self.tickets[ticket] = [self._queue(part) for part in parts], weights, [name for name, *_ in parts]
         return ticket
 
     def work(self):
@@ -136,17 +140,24 @@ class Pool:
         """
         try:
             owned = [self.tickets[ticket] for ticket in tickets]
-            self._wait_for([number for numbers, _ in owned for number in numbers])
-            split = [([self.verdicts[number] for number in numbers], weights) for numbers, weights in owned]
+            self._wait_for([number for numbers, *_ in owned for number in numbers])
+            split = [([self.verdicts[number] for number in numbers], *rest) for numbers, *rest in owned]
         finally:
             self.forget(tickets)
-        self._fail_if_broken([verdict for verdicts, _ in split for verdict in verdicts])
-        return [combine(verdicts, weights) for verdicts, weights in split]
+        self._fail_if_broken([verdict for verdicts, *_ in split for verdict in verdicts])
+        combined = []
+        for verdicts, weights, names in split:
+            verdict = combine(verdicts, weights)
+            if len(verdicts) > 1:
+                own = zip(names, verdicts, strict=True)
+                verdict = verdict._replace(parts=tuple((name, part.reward) for name, part in own))
+            combined.append(verdict)
+        return combined
 
     def forget(self, tickets: list[int]):
         """Drops tickets that nobody will collect, and what is left of their work."""
         for ticket in tickets:
-            numbers, _ = self.tickets.pop(ticket, ([], []))
+            numbers, *_ = self.tickets.pop(ticket, ([],))
             for number in numbers:
                 self._drop(number)
 
@@ -166,8 +177,8 @@ class Pool:
                 except RunError as error:
                     problems[index] = str(error)
                     continue
-                for name, _, ground_truth in parts:
-                    questions[self._queue((name, None, ground_truth))] = index, name
+                for name, _, ground_truth, _ in parts:
+                    questions[self._queue((name, None, ground_truth, {}))] = index, name
             self._wait_for(questions)
             for number, (index, name) in questions.items():
                 verdict = self.verdicts[number]
@@ -182,6 +193,8 @@ class Pool:
         """Ends the processes."""
         for worker in self.workers:
             worker.close()
+        if self.judges:
+            self.judges.close()
 
     def __enter__(self):
         return self
@@ -191,7 +204,9 @@ class Pool:
 
     def _fail_if_broken(self, verdicts):
         failed = [verdict for verdict in verdicts if not verdict.is_judged]
-        if len(failed) > self.max_failed * max(len(verdicts), 32):
+        unjudged = sum(verdict.reason == "unjudged" for verdict in failed)  # an endpoint has its bad days
+        limit = max(len(verdicts), 32)
+        if len(failed) - unjudged > self.max_failed * limit or unjudged > MAX_UNJUDGED * limit:
             counts = Counter(verdict.reason for verdict in failed)
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
             example = next((verdict.answer for verdict in failed if verdict.answer), "")
@@ -207,10 +222,15 @@ class Pool:
         self.sandbox_checked = True
 
     def _queue(self, part: tuple) -> int:
-        """The number of a new part, (verifier, completion, ground truth)."""
+        """The number of a new part, (verifier, completion, ground truth, context)."""
         if not self.sandbox_checked and part[0].startswith("code"):
             self._check_sandbox()
         number = next(self.numbers)
+        if VERIFIERS[part[0]].asks:
+            self.judges = self.judges or Judges()
+            if part[1] is not None:  # otherwise a worker looks at the ground truth
+                self.asked[number] = self.judges.submit(*part)
+                return number
         self.parts[number] = part
         self.waiting.append(number)
         return number
@@ -219,12 +239,16 @@ class Pool:
         """Forgets a part. A worker that is at it ends it for nothing."""
         self.parts.pop(number, None)
         self.verdicts.pop(number, None)
+        if number in self.asked:
+            self.asked.pop(number).cancel()
         self.has_crashed.discard(number)
 
     def _wait_for(self, numbers):
-        for number in numbers:
-            while number not in self.verdicts:
+        for number in sorted(numbers, key=self.asked.__contains__):  # judges answer meanwhile
+            while number not in self.verdicts and number not in self.asked:
                 self._step()
+            if number in self.asked:
+                self.verdicts[number] = self.asked.pop(number).result()
 
     def _step(self, patience: float | None = None):
         """Hands out parts, and takes the news of workers; waits for the first, `patience` seconds at most."""
@@ -437,7 +461,7 @@ def supervise(arguments: str, control: str, caller: str):
     verifiers.SANDBOX = level
     logging.disable()  # hostile formulas cause many warnings
     for module in modules:
-        import_module(module)
+        verifiers.load(module)
     for part in WARM_UP:
         judge(*part)
     control = socket.socket(fileno=int(control))
@@ -475,4 +499,4 @@ def serve(connection: Connection):
         verdict = judge(*part)
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         is_last = largest > RECYCLED
-        connection.send_bytes(json.dumps([is_last, *verdict]).encode())
+        connection.send_bytes(json.dumps([is_last, *verdict[:3]]).encode())
