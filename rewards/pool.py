@@ -15,13 +15,15 @@ weighted sum.
 
 sympy can be made to compute for ever in one call that no signal interrupts, or to ask for all memory, by a completion
 of ten characters. So nothing is judged in the caller, and no thread or handler is relied on: a worker over its limit is
-killed and replaced, its job gets the reason `timeout`, and the next job does not notice. The limit is processor time
-(`Verifier.seconds`; five times that on the clock), so that a busy machine fails nobody, and `MEMORY`. A verdict is a
-function of the completion and the ground truth, except at the edge of these limits.
+killed and replaced, its job gets the reason `timeout`, and the next job does not notice. The limits are processor time
+(`Verifier.seconds`; five times that with its children's), sleep (as much again, but at least SLEEP_SECONDS) and
+`MEMORY`. No clock is among them, so that a busy machine fails nobody. A verdict is a function of the completion and the
+ground truth, except at the edge of these limits.
 
 The caller never forks (it may hold CUDA), starts no thread, and reads 64 KiB of a reply at most.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -34,13 +36,13 @@ import time
 from collections import Counter, deque
 from contextlib import suppress
 from itertools import count
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 
 from rewards import sandbox, verifiers
 from rewards.jobs import combine, fail, split_job
 from rewards.judges import Judges
 from rewards.sandbox import SIGKILL, die_with
-from rewards.verifiers import VERIFIERS, Verdict, judge, not_judged
+from rewards.verifiers import VERIFIERS, Verdict, as_verdict, judge, not_judged
 
 MEMORY = 2**30  # bytes of address space of a worker
 RECYCLED = 2**29  # a worker that has ever been this large is replaced
@@ -295,14 +297,15 @@ class Pool:
             return []
         if patience is None:
             patience = min(worker.patience() for worker in active)
-        ready = wait([worker.source() for worker in active], patience)
+        ready = wait([source for worker in active for source in worker.sources()], patience)
         news = []
         for worker in active:
             number = worker.job
-            if worker.source() in ready:
+            if any(source in ready for source in worker.sources()):
                 verdict = worker.receive()
-            elif worker.patience() == 0:
-                verdict = worker.kill()
+            elif worker.is_over_a_limit():
+                worker.kill()
+                verdict = not_judged("timeout")
             else:
                 continue
             if number is not None:  # otherwise there was news of a child, not of a part
@@ -314,13 +317,15 @@ class Worker:
     """A supervisor process and the child that it has forked to judge.
 
     The supervisor has everything imported, so a killed child is replaced in milliseconds; a killed supervisor is
-    started again. Each child comes with a socket of its own, which ends when the child does. So a worker is
+    started again. Each child comes with a socket of its own and a file descriptor that says when it has ended (also if
+    it has left a process behind that holds the socket). So a worker is
 
-        starting   connection None: `source` is the supervisor, which will send the next child's socket
+        starting   connection None: the supervisor will send the next child
         idle       connection, no job
-        busy       connection and job: `source` is the child, which will send a verdict or end
+        busy       connection and job: the child will send a verdict or end
 
-    `job` is the index that `give` was called with. `pid` is the child's.
+    `job` is the number that `give` was called with; the reply repeats it. A child that says anything else, or something
+    without a job, is killed: what it says next might be taken for another job's verdict. `pid` is the child's.
     """
 
     def __init__(self, modules: list[str], level: str):
@@ -331,7 +336,7 @@ class Worker:
     def start(self):
         """Starts a supervisor, without waiting for it."""
         self.connection = self.job = None
-        self.control, theirs = socket.socketpair()
+        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         code = (
             "import json, sys; sys.path = json.loads(sys.argv[1])[0]; "
             "from rewards import pool; pool.supervise(*sys.argv[1:])"
@@ -357,58 +362,82 @@ class Worker:
         """Whether it can be given a job."""
         return self.connection is not None and self.job is None
 
-    def source(self):
-        """What has something to read next: the supervisor's news of a child, or the child's verdict."""
-        return self.connection or self.control
+    def sources(self) -> list:
+        """What becomes readable when there is news: of the next child, or of the child and its end."""
+        return [self.control] if self.connection is None else [self.connection, self.ended]
 
-    def give(self, index: int, part: tuple) -> bool:
-        """Sends (verifier, completion, ground truth); False if the child has died meanwhile."""
+    def give(self, number: int, part: tuple) -> bool:
+        """Sends (verifier, completion, ground truth, context); False if the child cannot be relied on any more."""
+        if wait(self.sources(), 0):
+            self.kill()
+            return False
         name, *_ = part
+        fd = os.memfd_create("part")  # of any length: sending it does not wait for the child to read
         try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(json.dumps(part).encode())
             self.seconds = VERIFIERS[name].seconds
             self.clock = ~self.pid << 3 | 2  # the clock of a process's processor time: clock_getcpuclockid(3)
-            self.cpu_start = time.clock_gettime(self.clock)
-            self.wall_start = time.monotonic()
-            self.connection.send_bytes(json.dumps(part).encode())
+            self.start_time = time.clock_gettime(self.clock)
+            self.watch = sandbox.Watch()
+            socket.send_fds(self.connection, [str(number).encode()], [fd])
         except OSError:
-            self.disconnect()
+            self.kill()
             return False
-        self.job = index
+        finally:
+            os.close(fd)
+        self.job = number
         return True
 
     def patience(self) -> float:
-        """Seconds until it has to be looked at again. 0: over the limit."""
+        """Seconds until it has to be looked at again."""
         if self.job is None:
             return 60.0
+        return min(sandbox.LOOK, max(0.0, self.seconds - self.used()))
+
+    def is_over_a_limit(self) -> bool:
+        """Whether the job has taken too long: of processor time, of its children's too, or of sleep."""
+        if self.job is None:
+            return False
+        self.watch.look(sandbox.family(self.pid))
+        return (
+            self.used() >= self.seconds
+            or self.watch.used >= 5 * self.seconds
+            or self.watch.slept > max(self.seconds, sandbox.SLEEP_SECONDS) + self.watch.used
+        )
+
+    def used(self) -> float:
+        """Seconds of processor time that the child has spent on the job."""
         try:
-            used = time.clock_gettime(self.clock) - self.cpu_start
+            return time.clock_gettime(self.clock) - self.start_time
         except OSError:  # it has just died
-            used = 0.0
-        waited = time.monotonic() - self.wall_start
-        left = min(self.seconds - used, 5 * self.seconds - waited)
-        return max(0.0, left)
+            return 0.0
 
     def receive(self) -> Verdict | None:
-        """Reads from `source`: a verdict, or None for a new child or for the end of one."""
+        """Takes the news: a verdict, or None for a new child or for the end of one."""
         if self.connection is None:
             self.connect()
             return None
         try:
-            is_last, *reply = json.loads(self.connection.recv_bytes(REPLY))
-        except (EOFError, OSError):
-            self.disconnect()
+            number, is_last, *reply = json.loads(self.connection.recv(REPLY, socket.MSG_DONTWAIT))
+            verdict = as_verdict(Verdict(*reply))
+        except (OSError, ValueError, TypeError, RecursionError):  # it has died, or talks nonsense
+            number = verdict = None
+        if number != self.job or verdict is None:
+            self.kill()
             return None
         self.job = None
         if is_last:
-            self.disconnect()
-        return Verdict(*reply)
+            self.kill()
+        return verdict
 
     def connect(self):
         """Reads from the supervisor: the next child, or the end of it, and then starts another."""
-        message, fds, *_ = socket.recv_fds(self.control, 32, 1, socket.MSG_CMSG_CLOEXEC)
+        message, fds, *_ = socket.recv_fds(self.control, 32, 2, socket.MSG_CMSG_CLOEXEC)
         if fds:
+            connection, self.ended = fds
             self.pid = int(message)
-            self.connection = Connection(fds[0])
+            self.connection = socket.socket(fileno=connection)
             self.failed_starts = 0
             return
         self.failed_starts += 1
@@ -417,24 +446,24 @@ class Worker:
         self.close()
         self.start()
 
-    def disconnect(self):
-        """Forgets the child: it has died, or is about to be replaced."""
+    def kill(self):
+        """Kills the child, if there is one. The supervisor will send another."""
+        if self.connection is None:
+            return
+        with suppress(ProcessLookupError):  # it may just have died
+            signal.pidfd_send_signal(self.ended, SIGKILL)
         self.connection.close()
+        os.close(self.ended)
         self.connection = self.job = None
 
-    def kill(self) -> Verdict:
-        """Kills the child, if there is one. Returns the verdict on its job."""
-        if self.connection is not None:
-            with suppress(ProcessLookupError):  # it may just have died
-                os.kill(self.pid, SIGKILL)
-            self.disconnect()
-        return not_judged("timeout")
-
     def close(self):
-        """Ends both processes."""
-        if self.connection is not None:
-            self.disconnect()
+        """Ends both processes, and what a verifier has left behind."""
+        has_child = self.connection is not None
         self.control.close()
+        self.kill()
+        if has_child:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # it ends the children's children, and itself
         self.process.kill()  # and the kernel its child
         self.process.wait()
 
@@ -465,38 +494,70 @@ def supervise(arguments: str, control: str, caller: str):
     for part in WARM_UP:
         judge(*part)
     control = socket.socket(fileno=int(control))
+    libc = ctypes.CDLL(None)
+    PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no program of the same user can look into what judges it
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # for `end_orphans`
     supervisor = os.getpid()
     while True:
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
             control.close()
             theirs.close()
             die_with(supervisor)
-            serve(Connection(ours.detach()))
+            serve(ours)
             os._exit(0)
+        ended = os.pidfd_open(pid)
+        ours.close()
         try:
-            ours.close()
-            socket.send_fds(control, [str(pid).encode()], [theirs.fileno()])
-            theirs.close()
-            os.waitpid(pid, 0)
+            socket.send_fds(control, [str(pid).encode()], [theirs.fileno(), ended])
         except OSError:
             return  # the caller has closed
+        theirs.close()
+        os.close(ended)
+        os.waitpid(pid, 0)
+        end_orphans()
 
 
-def serve(connection: Connection):
+def end_orphans():
+    """Ends the processes that a child's verifiers have started and left behind: they are this one's children now."""
+    with suppress(OSError):
+        while orphans := sandbox.family(os.getpid())[1:]:
+            for pid in orphans:
+                os.kill(pid, SIGKILL)
+            os.waitpid(-1, 0)
+
+
+def serve(connection: socket.socket):
     """The main program of a child: judge until the caller is gone."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.set_int_max_str_digits(0)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 2)  # hostile formulas make sympy print warnings too, past `logging`
+    own_pid = os.getpid()
+    os.register_at_fork(after_in_child=lambda: die_with(os.getppid()))  # what a verifier forks ends with it
     is_last = False
     while not is_last:
-        try:
-            part = json.loads(connection.recv_bytes())
-        except EOFError:
+        number, fds, *_ = socket.recv_fds(connection, 32, 1)
+        if not fds:
             return
+        with open(fds[0], "rb") as file:
+            file.seek(0)
+            part = json.load(file)
         verdict = judge(*part)
+        if os.getpid() != own_pid:
+            return  # the verifier has forked, and this is the copy
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        is_last = largest > RECYCLED
-        connection.send_bytes(json.dumps([is_last, *verdict[:3]]).encode())
+        is_last = largest > RECYCLED or has_company()
+        connection.send(json.dumps([int(number), is_last, *verdict]).encode())
+
+
+def has_company() -> bool:
+    """Whether a verifier has left a process or a thread behind, which would live on the next one's time."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass  # one that had ended
+    except ChildProcessError:
+        return len(os.listdir("/proc/self/task")) > 1
+    return True

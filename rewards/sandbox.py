@@ -27,7 +27,7 @@ limits are the same for all programs and tests. Where the kernel grants no names
 whether there is such a file, how large and how old, since Landlock does not cover stat(); never what is in it.
 
 Processor time ends what computes, and sleep what sleeps, but no clock: on a busy machine a program waits for its turn,
-and its verdict is the same. See `Sleep`.
+and its verdict is the same. See `Watch`.
 
 This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
 """
@@ -42,6 +42,7 @@ import time
 
 CPU_SECONDS = 10  # of processor time, for each process
 SLEEP_SECONDS = 3  # that processes may sleep longer than they have computed
+LOOK = 0.25  # seconds from one look at them to the next
 MEMORY = 2**30  # bytes of address space
 OUTPUT = 2**24  # bytes printed; never a function of what a right program prints, which would tell how much that is
 REPLY = 2**24  # bytes of one result
@@ -256,14 +257,14 @@ def finish(pids: list[int], files: Files) -> Result:
 
     Raises SandboxError if it could not fence itself in.
     """
-    sleep = Sleep()
-    overslept = not ends_in_time(pids, sleep)
+    watch = Watch()
+    overslept = not ends_in_time(pids, watch)
     # Who has ended by itself: the kernel sends SIGKILL at the limit of processor time, and so do we, but below.
     ended = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids]
     for pid in pids:
         os.kill(pid, SIGKILL)  # it could not start another process
     statuses = []
-    seconds = sleep.seconds
+    seconds = watch.slept
     for pid in pids:
         _, status, usage = os.wait4(pid, 0)
         statuses.append(os.waitstatus_to_exitcode(status))
@@ -284,50 +285,65 @@ def finish(pids: list[int], files: Files) -> Result:
     return Result("", error, seconds, error is not None and (overslept or used_up))
 
 
-def ends_in_time(pids: list[int], sleep) -> bool:
+def ends_in_time(pids: list[int], watch) -> bool:
     """Waits for the first process; False once all of them have slept too long."""
     fd = os.pidfd_open(pids[0])
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    while not (has_ended := poll.poll(1000 * sleep.LOOK)):
-        sleep.look(pids)
-        if sleep.seconds > SLEEP_SECONDS + sleep.used:
+    while not (has_ended := poll.poll(1000 * LOOK)):
+        watch.look(pids)
+        if watch.slept > SLEEP_SECONDS + watch.used:
             break
     os.close(fd)
     return bool(has_ended)
 
 
-class Sleep:
-    """How long processes have slept together, of the time in which somebody had a look at them.
+class Watch:
+    """What some processes do with their time: seconds of processor time `used`, and `slept`, since the first look.
 
     A process that waits for a processor core does not sleep, nor does one that waits for a disk: the kernel's letter
     for it is R or D then. So a busy machine makes nobody a sleeper. That letter is true for one moment only; the
     processor time used since the last look speaks for the time between.
     """
 
-    LOOK = 0.25  # seconds from one look to the next, and the most that one look adds
-
     def __init__(self):
-        self.seconds = 0.0
-        self.used = 0.0  # seconds of processor time, with that of children who have ended
+        self.used = 0.0
+        self.slept = 0.0
         self.looked = time.monotonic()
+        self.before = None  # processor time at the first look
 
     def look(self, pids: list[int]):
-        """Adds the time since the last look to `seconds` if all of them slept for most of it, and do so now."""
-        now = time.monotonic()
-        used = 0.0
+        """Adds LOOK to `slept` if all of them sleep and have done so for most of the time since the last look."""
+        passed = time.monotonic() - self.looked
+        if passed < LOOK:
+            return
+        total = 0.0
         letters = set()
         for pid in pids:
             try:
-                used += processor_time(pid)
+                total += processor_time(pid)
                 letters.update(states(pid))
             except OSError:  # it has just ended
                 letters.add("R")
-        passed = now - self.looked
-        if not letters & {"R", "D"} and used - self.used < passed / 5:
-            self.seconds += min(passed, self.LOOK)
-        self.looked = now
-        self.used = max(used, self.used)
+        if self.before is None:
+            self.before = total
+        elif total - self.before - self.used < passed / 5 and not letters & {"R", "D"}:
+            self.slept += LOOK
+        self.used = max(self.used, total - self.before)
+        self.looked += passed
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    pids = [pid]
+    for parent in pids:  # which grows meanwhile
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children") as file:
+                    pids += map(int, file.read().split())
+        except OSError:  # it has just ended
+            pass
+    return pids
 
 
 def states(pid: int) -> list[str]:
