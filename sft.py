@@ -331,8 +331,10 @@ def load_model(args, config, model_class, module_class, device, mesh):
     with torch.device("meta"):
         model = model_class.from_config(copy.deepcopy(config), attn_implementation=args.attn, dtype=torch.float32)
     if args.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        older = getattr(model, "gradient_checkpointing_enable", None)  # its name before transformers 5.2
+        getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (None, None)  # compute, gradient sums
+    precision = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # rotary tables stay float32, as when sampling
     torch._dynamo.config.recompile_limit = 64  # graphs of a layer: kinds, shapes, gradient or none; then it gives up
     for layer in model.base_model.layers:
         if args.compile:

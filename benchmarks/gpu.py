@@ -391,7 +391,7 @@ def outcome(command, out, left):
     if left < 20:
         return {"not_run": "no time was left"}
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out.parent / "cache")}
-    env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TOKENIZERS_PARALLELISM": "false"}
     env |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     try:
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)

@@ -37,15 +37,20 @@ would be (9), mostly much larger, in float32.
     linear_token_loss        likewise, for any loss that is a sum over tokens of a function of (logprob, entropy)
     linear_logprobs          for everything else: the backward makes the logits again, four matrix products
 
+Why the head is padded. Tensor cores take a vocabulary that is a multiple of 8; at OLMo 3's 100,278 the products took
+three times as long on an H200, and the row kernels read one number at a time. So on CUDA rows of zeros make it a
+multiple of 64; their logits do not count.
+
 Tokens with target -100 are taken out before the first product. Logits are float32 whatever the operands are: rounding
 them to bf16 moves the probability ratios of RL by more than 1 %. Sums over pieces are float32 too.
 
-Shapes:  T tokens, N of them trained, C in a chunk; V vocabulary, U in a piece of it; H hidden size.
+Shapes:  T tokens, N of them trained, C in a chunk; V vocabulary, U in a piece, W and X with padding; H hidden size.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
@@ -138,30 +143,32 @@ class _LinearTokenLoss(torch.autograd.Function):
         exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
         loss = torch.zeros((), **exact)
         logprobs, entropy = torch.zeros(2, len(hidden), **exact)  # (T,) each
+        V = len(weight)
         d_hidden = None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.zeros_like(hidden)  # (T, H)
         d_weight = None
+        padded = _pad(weight)  # (W, H)
         if ctx.needs_input_grad[1]:
-            d_weight = torch.empty(weight.shape, **exact)  # (V, H)
+            d_weight = torch.empty(padded.shape, **exact)  # (W, H)
         for number, chunk in enumerate(trained.split(CHUNK)):
             h = hidden[chunk]  # (C, H)
             y = targets[chunk]  # (C,)
-            logits = _matmul(h, weight.T)  # (C, V) (1)
-            chunk_logprobs, softmax = rows.statistics(logits, y, transform, with_entropy)  # (2) to (5)
+            logits = _matmul(h, padded.T)  # (C, W) (1)
+            chunk_logprobs, softmax = rows.statistics(logits, y, transform, with_entropy, V)  # (2) to (5)
             chunk_loss, upstream = _differentiate(token_loss, chunk_logprobs, softmax.entropy, chunk)
             loss += chunk_loss
             logprobs[chunk] = chunk_logprobs
             if with_entropy:
                 entropy[chunk] = softmax.entropy
             if any(ctx.needs_input_grad):
-                d_logits = rows.gradient_(logits, y, softmax, upstream, transform, h.dtype)  # (C, V) (6), (7)
+                d_logits = rows.gradient_(logits, y, softmax, upstream, transform, h.dtype, V)  # (C, W) (6), (7)
             if d_hidden is not None:
-                d_hidden[chunk] = d_logits @ weight  # (8)
+                d_hidden[chunk] = d_logits @ padded  # (8)
             if d_weight is not None:
                 _add_matmul(d_weight, d_logits.T, h, first=number == 0)  # (9)
             logits = d_logits = None  # before the next chunk's are made
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight[:V])
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy
@@ -211,9 +218,10 @@ class _LinearLogprobs(torch.autograd.Function):
         trained = (targets != IGNORE).nonzero()[:, 0]  # (N,)
         exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
         logprobs, entropy, logsumexp = torch.zeros(3, len(hidden), **exact)  # (T,) each
+        padded = _pad(weight)  # (W, H)
         for chunk in trained.split(CHUNK):
-            logits = _matmul(hidden[chunk], weight.T)  # (C, V) (1)
-            chunk_logprobs, softmax = rows.statistics(logits, targets[chunk], transform)  # (2) to (5)
+            logits = _matmul(hidden[chunk], padded.T)  # (C, W) (1)
+            chunk_logprobs, softmax = rows.statistics(logits, targets[chunk], transform, V=len(weight))  # (2) to (5)
             logprobs[chunk] = chunk_logprobs
             logsumexp[chunk] = softmax.logsumexp
             entropy[chunk] = softmax.entropy
@@ -236,13 +244,15 @@ class _LinearLogprobs(torch.autograd.Function):
             d_weight = torch.empty_like(weight)
         size = _piece_size(len(h), len(weight))
         for start in range(0, len(weight), size):
-            w = weight[start : start + size]  # (U, H)
-            logits = _matmul(h, w.T)  # (N, U) (1)
-            d_logits = rows.gradient_(logits, y - start, softmax, upstream, ctx.transform, h.dtype)  # (N, U) (6), (7)
+            piece = slice(start, min(start + size, len(weight)))
+            U = piece.stop - start
+            w = _pad(weight[piece])  # (X, H)
+            logits = _matmul(h, w.T)  # (N, X) (1)
+            d_logits = rows.gradient_(logits, y - start, softmax, upstream, ctx.transform, h.dtype, U)  # (6), (7)
             if ctx.needs_input_grad[0]:
                 _add_matmul(d_h, d_logits, w, first=start == 0)  # (8)
             if d_weight is not None:
-                d_weight[start : start + size] = d_logits.T @ h  # (9)
+                d_weight[piece] = (d_logits.T @ h)[:U]  # (9)
             logits = d_logits = None  # before the next piece's are made
         d_hidden = None
         if ctx.needs_input_grad[0]:
@@ -266,6 +276,13 @@ def _piece_size(num_tokens, vocabulary):
     """Rows of the head in a piece, so that all tokens' logits for it take the memory of a chunk's in the forward."""
     pieces = max(1, math.ceil(num_tokens / CHUNK))
     return math.ceil(vocabulary / pieces / 128) * 128  # whole tiles for tensor cores
+
+
+def _pad(weight):
+    """The head (V, H) with rows of zeros up to a multiple of 64 on CUDA: (W, H). See the top of this file for why."""
+    if not weight.is_cuda or len(weight) % 64 == 0:
+        return weight
+    return F.pad(weight, (0, 0, 0, -len(weight) % 64))
 
 
 def _at_least_float32(x):

@@ -17,7 +17,9 @@ operation, so there two Triton kernels take over, which read them once. They are
 row: a *program* is one run of the function, all rows' programs run side by side, `tl.program_id(0)` says which row this
 one has, and `tl.load(pointer + v, mask)` reads the elements v of the row into registers.
 
-Shapes:  C rows (tokens), V logits of each: the whole vocabulary, or for the gradient a piece of it.
+Shapes:  C rows (tokens), V logits of each: the whole vocabulary, or for the gradient a piece of it. Rows may be wider,
+W columns: tensor cores and 16-byte loads want multiples, and a vocabulary need not be one. What stands in the columns
+beyond V does not count, and its gradient is 0.
 """
 
 from typing import NamedTuple
@@ -54,20 +56,22 @@ class Upstream(NamedTuple):
     d_entropy: torch.Tensor | None  # (C,) e, or None for 0
 
 
-def statistics(logits, targets, transform, with_entropy=True):
+def statistics(logits, targets, transform, with_entropy=True, V=None):
     """Log-probability of the target, log-sum-exp and entropy of every row.
 
     Args:
-        logits: (C, V) raw logits. targets: (C,) int64 in [0, V).
+        logits: (C, W) raw logits. targets: (C,) int64 in [0, V).
         transform: the Transform.
+        V: how many of the W columns count; by default all.
         with_entropy: False saves two passes over the logits where PyTorch computes it.
 
     Returns:
         logprobs (C,) in nats, in the dtype of the logits; and their Softmax.
     """
+    V = V or logits.shape[1]
     if use_triton(logits):
-        return _triton_statistics(logits, targets, transform)
-    z = _transform(logits, transform)  # (2)
+        return _triton_statistics(logits, targets, transform, V)
+    z = _transform(logits[:, :V], transform)  # (2)
     logsumexp = z.logsumexp(dim=1)  # (3)
     target_z = z.gather(1, targets[:, None])[:, 0]
     logprobs = target_z - logsumexp  # (4)
@@ -79,31 +83,34 @@ def statistics(logits, targets, transform, with_entropy=True):
     return logprobs, Softmax(logsumexp, entropy)
 
 
-def gradient_(logits, targets, softmax, upstream, transform, dtype=None):
+def gradient_(logits, targets, softmax, upstream, transform, dtype=None, V=None):
     """dL/d logits, in the memory of the logits, which are lost.
 
     Args:
-        logits: (C, V) raw logits, contiguous: the whole vocabulary or a piece of it.
+        logits: (C, W) raw logits, contiguous: the whole vocabulary or a piece of it.
         targets: (C,) int64, counted from the first logit given; outside [0, V) for a target in another piece.
         softmax: the Softmax of the whole rows; its entropy may be None if upstream.d_entropy is.
         upstream: the Upstream.
         transform: the Transform, as for `statistics`.
         dtype: of the result; default that of the logits.
+        V: how many of the W columns count; by default all.
 
     Returns:
-        (C, V) gradient. With a smaller dtype than the logits' its rows are V apart in bytes of theirs, not contiguous.
+        (C, W) gradient. With a smaller dtype than the logits' its rows are W apart in bytes of theirs, not contiguous.
     """
     dtype = dtype or logits.dtype
+    V = V or logits.shape[1]
     if use_triton(logits):
-        return _triton_gradient_(logits, targets, softmax, upstream, transform, dtype)
+        return _triton_gradient_(logits, targets, softmax, upstream, transform, dtype, V)
     z = _transform(logits, transform)  # (2)
     slope = _slope(z, transform)  # before z is written over
     d_z = _gradient_by_z_(z, softmax, upstream)
     # The 1[v = y] of (6), where the target is in this piece.
-    inside = (targets >= 0) & (targets < logits.shape[1])
+    inside = (targets >= 0) & (targets < V)
     row = inside.nonzero()[:, 0]
     d_z[row, targets[row]] += upstream.d_logprobs[row]
     d_s = d_z.mul_(slope)  # (7)
+    d_s[:, V:] = 0
     return d_s.to(dtype)
 
 
@@ -152,9 +159,9 @@ def use_triton(logits):
 # ---------------------------------------------------------------------------------------------------------- Triton
 
 
-def _triton_statistics(logits, targets, transform):
+def _triton_statistics(logits, targets, transform, V):
     """`statistics` by one program for each row."""
-    C, V = logits.shape
+    C, W = logits.shape
     logprobs, logsumexp, entropy = torch.empty(3, C, dtype=logits.dtype, device=logits.device)
     _statistics_kernel[(C,)](
         logits,
@@ -164,6 +171,7 @@ def _triton_statistics(logits, targets, transform):
         logsumexp,
         entropy,
         V,
+        W,
         transform.temperature,
         transform.softcap or 0.0,
         HAS_SOFTCAP=transform.softcap is not None,
@@ -173,10 +181,10 @@ def _triton_statistics(logits, targets, transform):
     return logprobs, Softmax(logsumexp, entropy)
 
 
-def _triton_gradient_(logits, targets, softmax, upstream, transform, dtype):
+def _triton_gradient_(logits, targets, softmax, upstream, transform, dtype, V):
     """`gradient_` by one program for each row."""
-    C, V = logits.shape
-    gradient = logits.view(dtype)[:, :V]  # in 16 bits: the first half of each row's bytes
+    C, W = logits.shape
+    gradient = logits.view(dtype)[:, :W]  # in 16 bits: the first half of each row's bytes
     entropy = softmax.entropy
     d_entropy = upstream.d_entropy
     if d_entropy is None:  # with e = 0 equation (6) has no second term
@@ -193,6 +201,7 @@ def _triton_gradient_(logits, targets, softmax, upstream, transform, dtype):
         upstream.d_logprobs,
         d_entropy,
         V,
+        W,
         transform.temperature,
         transform.softcap or 0.0,
         HAS_SOFTCAP=transform.softcap is not None,
@@ -216,7 +225,7 @@ if triton is not None:
 
     @triton.jit
     def _statistics_kernel(
-        logits, stride, targets, logprobs, logsumexp, entropy, V, temperature, softcap,
+        logits, stride, targets, logprobs, logsumexp, entropy, V, W, temperature, softcap,
         HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # A row does not fit into registers. Go through it once, keeping the largest z so far, m, and two sums
@@ -229,7 +238,7 @@ if triton is not None:
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             inside = v < V
-            z, _ = _load_z(row_logits + v, inside, temperature, softcap, HAS_SOFTCAP)  # (2)
+            z, _ = _load_z(row_logits + v, v < W, temperature, softcap, HAS_SOFTCAP)  # (2)
             largest = tl.max(tl.where(inside, z, -1e38), axis=0)
             new_m = tl.maximum(m, largest)
             shrink = tl.exp(m - new_m)
@@ -245,7 +254,7 @@ if triton is not None:
 
     @triton.jit
     def _gradient_kernel(
-        logits, stride, gradient, gradient_stride, targets, logsumexp, entropy, d_logprobs, d_entropy, V,
+        logits, stride, gradient, gradient_stride, targets, logsumexp, entropy, d_logprobs, d_entropy, V, W,
         temperature, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Gradients are stored where the row's logits lay. In 16 bits, block k of the gradients covers logits of blocks
@@ -258,13 +267,13 @@ if triton is not None:
         ent = tl.load(entropy + row)
         g = tl.load(d_logprobs + row)
         e = tl.load(d_entropy + row)
-        for start in range(0, V, BLOCK):
+        for start in range(0, W, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            inside = v < V
-            z, tanh = _load_z(row_logits + v, inside, temperature, softcap, HAS_SOFTCAP)  # (2)
+            z, tanh = _load_z(row_logits + v, v < W, temperature, softcap, HAS_SOFTCAP)  # (2)
             tl.debug_barrier()  # all threads have read block k
             log_p = z - lse
             target_term = tl.where(v == y, g, 0.0)
             d_z = target_term - tl.exp(log_p) * (g + e * (log_p + ent))  # (6)
             d_s = d_z * (1 - tanh * tanh) / temperature  # (7)
-            tl.store(row_gradient + v, d_s.to(gradient.dtype.element_ty), inside)
+            d_s = tl.where(v < V, d_s, 0.0)
+            tl.store(row_gradient + v, d_s.to(gradient.dtype.element_ty), v < W)

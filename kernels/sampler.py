@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from kernels.head import _matmul
+from kernels.joined import join_products
 from kernels.slots import Slots
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass
@@ -206,13 +207,13 @@ class Sampler:
         """Copies the weights of `policy.model`, sharded by FSDP2 or not, layer by layer. All ranks call it together."""
         missing = dict(self.model.named_parameters())
         missing.update(self.model.named_buffers())
-        for module in list(policy.modules()):
+        for name, module in list(policy.named_modules()):
             if isinstance(module, FSDPModule):
                 module.unshard()  # its own parameters become whole, in the precision the policy computes in
-                _copy_whole(policy.model, missing)
+                _copy_whole(name, module, missing)
                 module.reshard()
             elif module is policy:
-                _copy_whole(policy.model, missing)
+                _copy_whole(name, module, missing)
         if missing:
             raise ValueError(f"the policy has no {sorted(missing)[:5]}")
         self.synced = True
@@ -566,6 +567,7 @@ class Sampler:
 
     def _compile(self):
         """Compiles what a decode step does: each decoder layer, and the draw; at the first step of each size."""
+        join_products(self.model)
         for layer in self.model.base_model.layers:
             layer.compile(dynamic=False)
         self.advance = torch.compile(_advance, dynamic=False)
@@ -685,11 +687,13 @@ def _pack(sequences):
         yield row
 
 
-def _copy_whole(model, missing):
-    """Copies into the tensors of `missing`, {name: tensor}, what `model` holds whole of them; takes them out of it."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in missing and not isinstance(tensor, DTensor):
-            missing.pop(name).copy_(tensor)
+def _copy_whole(prefix, module, missing):
+    """Copies into the tensors of `missing`, {name: tensor}, what a module of the policy holds whole of them."""
+    for tensors in (module.named_parameters, module.named_buffers):
+        for name, tensor in tensors(prefix):
+            name = name.removeprefix("model.")  # the policy's model
+            if name in missing and not isinstance(tensor, DTensor):
+                missing.pop(name).copy_(tensor)
 
 
 def _precision(device):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -28,9 +29,11 @@ PATHS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
 @contextmanager
-def using(path, chunk=4096, block=64):
-    """Runs the head on a path, with this many tokens in a chunk and logits in a Triton block."""
+def using(path, chunk=4096, block=64, padded=False):
+    """Runs the head on a path, with this many tokens in a chunk and logits in a Triton block, and padded as on CUDA."""
     with pytest.MonkeyPatch.context() as patch:
+        if padded:
+            patch.setattr(kernels.head, "_pad", lambda weight: F.pad(weight, (0, 0, 0, -len(weight) % 64)))
         patch.setattr(kernels.head, "CHUNK", chunk)
         patch.setattr(rows, "BLOCK", block)
         patch.setattr(rows, "use_triton", lambda logits: path == "triton" and logits.dtype == torch.float32)
@@ -75,13 +78,13 @@ def clipped_loss(advantages, old_logprobs, bonus=0.1):
 SHAPES = {
     "T": st.integers(0, 12), "H": st.integers(1, 24), "V": st.integers(1, 70) | st.just(300), "share": st.sampled_from([0.0, 0.5, 1.0]),
     "temperature": st.sampled_from([1.0, 0.6, 2.5]), "softcap": st.sampled_from([None, 2.0]),
-    "chunk": st.sampled_from([1, 5, 4096]), "seed": st.integers(0, 99),
+    "chunk": st.sampled_from([1, 5, 4096]), "seed": st.integers(0, 99), "padded": st.booleans(),
 }  # fmt: skip
 
 
-def check(path, dtype, T, H, V, share, temperature, softcap, chunk, seed):
+def check(path, dtype, T, H, V, share, temperature, softcap, chunk, seed, padded):
     """Values and gradients of the three functions."""
-    with using(path, chunk) as device:
+    with using(path, chunk, padded=padded) as device:
         hidden, weight, targets = example(T, H, V, share, dtype, scale=3.0, seed=seed, device=device)
         generator = torch.Generator().manual_seed(seed)
         coefficients = torch.randn(2, T, generator=generator, dtype=torch.float64).to(device)
@@ -129,6 +132,27 @@ def test_torch_equals_the_definition(**shape):
 def test_triton_equals_the_definition(dtype, **shape):
     """Likewise, over blocks that the vocabulary does not fill, with operands and gradients in 32 and 16 bits."""
     check("triton", dtype, **shape)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("V", "W"), [(1, 64), (63, 64), (64, 64), (65, 128), (130, 192)])
+def test_columns_beyond_the_vocabulary_do_not_count(path, dtype, V, W):
+    """Whatever stands there: NaN changes no number and gets a gradient of 0."""
+    torch.manual_seed(0)
+    transform, y = rows.Transform(0.7, 5.0), torch.randint(V, (6,))
+    with using(path) as device:
+        logits = torch.full((6, W), torch.nan, device=device)
+        logits[:, :V] = torch.randn(6, V)
+        narrow, y = logits[:, :V].clone(), y.to(device)
+        logprobs, softmax = rows.statistics(logits, y, transform, V=V)
+        expected, narrow_softmax = rows.statistics(narrow, y, transform)
+        for a, b in zip((logprobs, *softmax), (expected, *narrow_softmax), strict=True):
+            assert torch.equal(a, b)
+        upstream = rows.Upstream(torch.randn(6, device=device), torch.randn(6, device=device))
+        gradient = rows.gradient_(logits, y, softmax, upstream, transform, dtype, V)
+        assert gradient.shape == (6, W) and not gradient[:, V:].any()
+        assert torch.equal(gradient[:, :V], rows.gradient_(narrow, y, softmax, upstream, transform, dtype))
 
 
 def test_gradcheck_in_float64():
@@ -303,15 +327,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import rows
+from kernels.rows import BLOCK
 pointers = {"targets": "*i64", "gradient": "*bf16", "logits": "*fp32"}
 for kernel in (rows._statistics_kernel, rows._gradient_kernel):
     for softcap in (False, True):
         signature = {name: pointers.get(name, "*fp32") for name in kernel.arg_names}
-        signature |= {"stride": "i32", "gradient_stride": "i32", "V": "i32", "temperature": "fp32", "softcap": "fp32"}
+        signature |= {"stride": "i32", "gradient_stride": "i32", "V": "i32", "W": "i32", "temperature": "fp32", "softcap": "fp32"}
         constants = {"HAS_SOFTCAP": softcap, "BLOCK": rows.BLOCK}
         signature = {n: "constexpr" if n in constants else signature[n] for n in kernel.arg_names}
-        binary = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32), {"num_warps": 8})
+        # What Triton knows at a launch: where tensors begin, and that rows are padded; of V it knows nothing.
+        padded = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+                  if signature[n].startswith("*") or n in ("stride", "gradient_stride", "W")}
+        source = ASTSource(kernel, signature, constants, padded)
+        binary = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8})
         assert len(binary.asm["cubin"]) > 1000
+        ptx = binary.asm["ptx"]
+        loads = [line for line in ptx.splitlines() if "ld.global" in line]
+        assert sum(".v4.b32" in line for line in loads) >= BLOCK // 256 // 4, loads  # 16 bytes at a time, 256 threads
+        assert "gradient" not in kernel.arg_names or "st.global.v4.b32" in ptx  # eight numbers of 16 bits
 """
 
 
