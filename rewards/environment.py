@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import common
 from kernels.sampler import Sampler, SamplingParams
-from rewards.jobs import failure_rates, split_job
+from rewards.jobs import GATE, failure_rates, split_job
 from rewards.pool import Pool
 from rewards.verifiers import Verdict
 
@@ -472,7 +472,7 @@ class Rollouts:
             return False
         verifier, ground_truth, weights = json.loads(self.rows.table["job"][group[0].row])
         _, weights = split_job(verifier, "", ground_truth, weights)
-        most = sum(max(0, weight) for weight in weights)
+        most = sum(max(0, weight) for weight in weights if weight != GATE)
         return np.mean([sample.reward for sample in group]) >= self.args.solved * most
 
     def _row(self, position):

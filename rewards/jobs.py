@@ -2,13 +2,16 @@
 
 A job is (verifier, completion, ground_truth), the first and the last as in the columns `dataset` and `ground_truth` of
 the published RLVR data; both may be lists, with a list of weights as a fourth entry, and the reward is then the
-weighted sum. A fifth entry is the context, {"prompt": messages, "row": other columns}, where a verifier wants it.
+weighted sum. The weight "gate" adds nothing: unless that verifier gives 1, the reward is 0. A fifth entry is the
+context, {"prompt": messages, "row": other columns}, where a verifier wants it.
 """
 
 import math
 from collections import Counter
 
 from rewards.verifiers import REASONS, VERIFIERS, Verdict, registered_name
+
+GATE = "gate"  # in place of a weight
 
 
 def failure_rates(verdicts: list[Verdict]) -> dict[str, float]:
@@ -18,7 +21,7 @@ def failure_rates(verdicts: list[Verdict]) -> dict[str, float]:
     return {f"{reason}_rate": counts[reason] / total for reason in ("unparsed", "timeout", "crash")}
 
 
-def split_job(verifiers, completion, ground_truths, weights=None, context=None) -> tuple[list[tuple], list[float]]:
+def split_job(verifiers, completion, ground_truths, weights=None, context=None) -> tuple[list[tuple], list]:
     """The parts of a job, and their weights: [(verifier, completion, ground truth, what it wants besides), ...].
 
     Raises RunError if it is not a job, or if its context lacks what a verifier wants.
@@ -32,8 +35,12 @@ def split_job(verifiers, completion, ground_truths, weights=None, context=None) 
         weights = [1.0] * len(verifiers)
     if not isinstance(ground_truths, list) or not len(verifiers) == len(ground_truths) == len(weights):
         fail(f"{len(verifiers)} verifiers need lists of as many ground truths and weights")
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
-        fail(f"weights are {weights}, expected finite numbers")
+    given = weights
+    weights = [read_weight(weight) for weight in given]
+    if None in weights:
+        fail(f"weights are {given}, expected finite numbers or {GATE!r}")
+    if weights and set(weights) == {GATE}:
+        fail("every weight is a gate, so that no verifier gives a reward")
     names = [registered_name(verifier) for verifier in verifiers]
     for verifier, name in zip(verifiers, names, strict=True):
         if name is None:
@@ -48,12 +55,33 @@ def split_job(verifiers, completion, ground_truths, weights=None, context=None) 
     return parts, weights
 
 
-def combine(verdicts: list[Verdict], weights: list[float]) -> Verdict:
-    """The weighted sum; the most serious reason; every answer."""
-    reward = sum(weight * verdict.reward for weight, verdict in zip(weights, verdicts, strict=True))
-    reason = max((verdict.reason for verdict in verdicts), key=REASONS.index)
+def read_weight(weight) -> float | str | None:
+    """A weight of a row as a number, or `GATE`; None if it is neither.
+
+    A number may be a string: a Parquet file has one type for a gate and the weights beside it.
+    """
+    if weight == GATE:
+        return GATE
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def combine(verdicts: list[Verdict], weights: list[float | str]) -> Verdict:
+    """The weighted sum, the most serious reason, every answer.
+
+    If a gate gives less than 1 the reward is 0, whatever the others say, and even if they could not judge.
+    """
+    pairs = list(zip(weights, verdicts, strict=True))
     answer = " | ".join(verdict.answer for verdict in verdicts)
-    return Verdict(reward, reason, answer)
+    closed = [verdict.reason for weight, verdict in pairs if weight == GATE and verdict.reward < 1]
+    if closed:
+        return Verdict(0.0, max(closed, key=REASONS.index), answer)
+    rewards = [verdict.reward * (0.0 if weight == GATE else weight) for weight, verdict in pairs]
+    reason = max((verdict.reason for verdict in verdicts), key=REASONS.index)
+    return Verdict(sum(rewards), reason, answer)
 
 
 def fail(message: str):

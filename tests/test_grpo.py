@@ -644,6 +644,8 @@ def test_what_is_solved_survives_a_stop(start, tmp_path, flags):
         ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, 1.0]], [3.0] * 7 + [0.0], True),
         ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, 1.0]], [2.0] * 8, False),
         ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, -1.0]], [1.0] * 8, False),
+        ([["gsm8k", "format"], ["5", ""], [2.0, "gate"]], [2.0] * 7 + [0.0], True),
+        ([["gsm8k", "format"], ["5", ""], [2.0, "gate"]], [2.0] * 6 + [0.0] * 2, False),
     ],
 )
 def test_solved_is_a_share_of_the_highest_reward(job, rewards, solved):

@@ -8,10 +8,13 @@ import time
 from collections import Counter
 
 import pytest
-
 from conftest import SHARED
-from rewards import judge
+
+from common import RunError
+from rewards import Pool, Verdict, judge
+from rewards.jobs import combine, split_job
 from rewards.strings import normalised, words
+from rewards.verifiers import not_judged
 
 CASES = SHARED / "data/verdicts/cases.jsonl"
 
@@ -233,6 +236,58 @@ def test_format_of_a_thought_alone():
 def test_a_format_there_is_not(gold):
     verdict = judge("format", None, gold)
     assert verdict.reason == "bad_ground_truth" and "a format is one of ['answer', 'think']" in verdict.answer
+
+
+# ---------------------------------------------------------------- gates
+
+R, W, U = Verdict(1.0, "right", "a"), Verdict(0.0, "wrong", "b"), Verdict(0.0, "unparsed")
+T, HALF = not_judged("timeout"), Verdict(0.5, "wrong", "c")
+
+
+@pytest.mark.parametrize(
+    "verdicts, weights, reward, reason",
+    [
+        ([R, R], [2.0, "gate"], 2.0, "right"),
+        ([R, W], [2.0, "gate"], 0.0, "wrong"),
+        ([R, HALF], [2.0, "gate"], 0.0, "wrong"),  # less than 1 is closed
+        ([HALF, R], [2.0, "gate"], 1.0, "wrong"),
+        ([W, R], [2.0, "gate"], 0.0, "wrong"),
+        ([R, R], ["gate", -3.0], -3.0, "right"),
+        ([W, R], ["gate", -3.0], 0.0, "wrong"),
+        ([R, R, U], [1.0, "gate", "gate"], 0.0, "unparsed"),
+        ([R, HALF, R], [1.0, 2.0, "gate"], 2.0, "wrong"),
+        ([T, R], [1.0, "gate"], None, "timeout"),
+        ([R, T], [1.0, "gate"], None, "timeout"),  # nobody knows whether it is open
+        ([T, W], [1.0, "gate"], 0.0, "wrong"),  # it is closed, whatever the other had said
+        ([T, W, R], ["gate", "gate", 1.0], 0.0, "wrong"),
+    ],
+)
+def test_gate(verdicts, weights, reward, reason):
+    verdict = combine(verdicts, weights)
+    assert verdict.reason == reason and verdict.is_judged == (reward is not None)
+    assert verdict.reward == reward or reward is None
+    assert verdict.answer == " | ".join(verdict.answer for verdict in verdicts)
+
+
+def test_a_gate_in_a_row():
+    good, wrong, bare = "<think>1+1</think><answer>2</answer>", "<think>1+1</think><answer>3</answer>", "2"
+    jobs = [(["gsm8k", "format"], text, ["2", ""], [1.0, "gate"]) for text in (good, wrong, bare)]
+    jobs += [(["format", "gsm8k"], bare, [None, "2"], ["gate", "1.0"]), (["gsm8k", "format"], bare, ["2", ""])]
+    with Pool(workers=1) as pool:
+        assert [verdict.reward for verdict in pool.score(jobs)] == [1.0, 0.0, 0.0, 0.0, 1.0]
+        assert pool.check(jobs) == {}
+
+
+@pytest.mark.parametrize("weights", [[1.0, "Gate"], [1.0, "x"], [1.0, None], [1.0, float("inf")], ["nan", "gate"], [1.0, []], "gate"])
+def test_weights_that_are_none(weights):
+    with pytest.raises(RunError, match="weights are .* finite numbers or 'gate'|2 verifiers need lists"):
+        split_job(["gsm8k", "format"], "5", ["5", ""], weights)
+
+
+@pytest.mark.parametrize("job", [("format", "5", "", "gate"), (["format", "exact"], "5", ["", "5"], ["gate", "gate"])])
+def test_gates_alone_give_no_reward(job):
+    with pytest.raises(RunError, match="every weight is a gate"):
+        split_job(*job)
 
 
 # ---------------------------------------------------------------- hostile texts
