@@ -32,8 +32,8 @@ and its verdict is the same. See `Watch`.
 This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
 """
 
-# The fenced-in process imports this file too, but not the package: that takes 40 ms more. For the same reason what only
-# one side needs is imported where it is used.
+# The fenced-in process imports this file too (for tests of functions also remote.py and harness.py), but not the package:
+# that takes 40 ms more. For the same reason what only one side needs is imported where it is used.
 import ctypes
 import os
 import select
@@ -45,7 +45,6 @@ SLEEP_SECONDS = 3  # that processes may sleep longer than they have computed
 LOOK = 0.25  # seconds from one look at them to the next
 MEMORY = 2**30  # bytes of address space
 OUTPUT = 2**24  # bytes printed; never a function of what a right program prints, which would tell how much that is
-REPLY = 2**24  # bytes of one result
 SIGKILL = 9
 REQUIRED = ("landlock", "seccomp")
 LEVELS = ("full", "weak")
@@ -68,6 +67,7 @@ class Result:
         error: one line that says what went wrong; None if it ended by itself with status 0.
         seconds: of processor time that its processes used, and of sleep.
         is_late: it was stopped, at the limit of one of the two.
+        outcomes: (of `test`) for each test that has run, None or one line that says what went wrong.
     """
 
     def __init__(self, printed: str, error: str | None, seconds: float, is_late: bool):
@@ -75,6 +75,7 @@ class Result:
         self.error = error
         self.seconds = seconds
         self.is_late = is_late
+        self.outcomes = []
 
 
 def run(source: str, stdin: str, level: str = "full") -> Result:
@@ -85,79 +86,45 @@ def run(source: str, stdin: str, level: str = "full") -> Result:
         return result
 
 
-def test(source: str, tests: list[str], names: list[str], level: str = "full") -> Result:
+def test(source: str, tests: list[str], names: list[str], level: str = "full", stops: bool = True) -> Result:
     """Run `tests` (pieces of Python, in order, in one namespace) with `names` standing for the program's functions.
 
-    The error is None when all pass, otherwise it says which did not and why.
+    The error is None when all pass, otherwise it says which did not and why. The first failure ends them, if `stops`;
+    the end of the program does in any case.
     """
     import json
 
     to_program, from_tests = map(out_of_the_way, os.pipe())  # what the tests ask for
     to_tests, from_program = map(out_of_the_way, os.pipe())  # and the answers
-    with Files(text=source) as program, Files(text=json.dumps([names, tests])) as tester:
+    with Files(text=source) as program, Files(text=json.dumps([names, tests, stops])) as tester:
         processes = [
             start("tests", level, tester | {"stdin": to_tests, "stdout": from_tests}),
             start("functions", level, program | {"stdin": to_program, "stdout": from_program}),
         ]
         for fd in (to_program, from_tests, to_tests, from_program):
             os.close(fd)  # so that each side sees the end of the other
-        return finish(processes, tester)
+        result = finish(processes, tester)
+        result.outcomes = read_lines(tester["stderr"])
+    failed = [number for number, line in enumerate(result.outcomes) if line is not None]
+    if failed and not result.is_late:
+        result.error = f"test {failed[0] + 1} of {len(tests)}: {result.outcomes[failed[0]]}"
+    return result
 
 
-# What tests forget to import.
-LIBRARIES = ("math", "collections", "itertools", "functools", "heapq", "typing", "string")
+def stubs(tests: list[str], names: list[str], which: list[str], level: str = "full") -> list[str]:
+    """Those of the programs `which`, of harness.STUBS, that pass the tests: programs that do nothing, in all but name."""
+    import json
+
+    with Files(text=json.dumps([names, tests, which]), stdin="", stdout="") as files:
+        finish([start("stubs", level, files)], files)
+        return read_lines(files["stderr"])
 
 
-def free_names(tests: list[str], entry_points: list[str]) -> tuple[list[str], list[str]]:
-    """The names that tests use and do not define: (those of the program, imports of the others as source).
+def read_lines(fd: int) -> list:
+    """The lines of JSON in a file, but for one that is not whole."""
+    import json
 
-    Those of the program are `entry_points`, or else what is left when the others are known. A program may not replace
-    what judges it. So built-in names are not its own, nor is `math` in `math.isclose(...)`; nor `Counter`, `isclose`,
-    `np`, unless there is no other name that it can define. Raises SyntaxError.
-    """
-    import builtins
-    from importlib import import_module
-
-    used, bound, modules = names_in(tests)
-    bound.update(dir(builtins))
-    names = used - bound - modules
-    imports = [f"import {module}" for module in sorted(modules - bound)]
-
-    known = {}  # name → how it is imported
-    for module in LIBRARIES:
-        for name in dir(import_module(module)):
-            known[name] = f"from {module} import {name}"
-    known["np"] = "import numpy as np"
-    known["numpy"] = "import numpy"
-
-    if entry_points or not names <= known.keys():
-        forgotten = names & known.keys() - set(entry_points)
-        imports += [known[name] for name in sorted(forgotten)]
-        names -= known.keys()
-    return sorted(entry_points or names), imports
-
-
-def names_in(tests: list[str]) -> tuple[set, set, set]:
-    """Names in pieces of Python: (read, bound, modules of the standard library with a dot behind). SyntaxError."""
-    import ast
-
-    used = set()
-    bound = set()
-    modules = set()
-    trees = [ast.parse(piece) for piece in tests]
-    for node in [node for tree in trees for node in ast.walk(tree)]:
-        match node:
-            case ast.Attribute(value=ast.Name(id=name)) if name in sys.stdlib_module_names:
-                modules.add(name)
-            case ast.Name(id=name, ctx=ast.Load()):
-                used.add(name)
-            case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
-                bound.add(name)
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                bound.add(name)
-            case ast.alias(name=name, asname=asname):
-                bound.add(asname or name.split(".")[0])
-    return used, bound, modules
+    return [json.loads(line) for line in read(fd, OUTPUT).splitlines(keepends=True) if line.endswith("\n")]
 
 
 def missing_layers() -> list[str]:
@@ -223,7 +190,7 @@ def start(mode: str, level: str, files: dict[str, int]) -> int:
     """A fresh interpreter that fences itself in, says so in files["report"], and handles files["text"].
 
     Args:
-        mode: what the text is: "script", "functions", "tests", or "layers" to print those that are missing.
+        mode: what the text is: "script", "functions", "tests", "stubs", or "layers" to print those that are missing.
         level: one of LEVELS.
         files: name → file descriptor, for all of DESCRIPTORS.
 
@@ -371,13 +338,17 @@ def inside(mode: str, level: str, parent: str, packages: str):
     os.closerange(5, 2**31 - 1)
     with open(3, encoding="utf-8", errors="surrogatepass") as file:
         source = file.read()
+    if mode in ("functions", "tests", "stubs"):
+        import remote  # while this folder can be read
+    if mode in ("tests", "stubs"):
+        import harness
     sys.path[0] = packages  # in place of ours; site-packages can be imported
-    channel = None
-    if mode in ("functions", "tests"):
-        channel = Channel(os.dup(0), os.dup(1))
+    if mode in ("functions", "tests", "stubs"):
+        channel = remote.Channel(os.dup(0), os.dup(1))
+        outcomes = os.dup(2) if mode != "functions" else None
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
 
     missing = confine(int(parent))
     if level == "full" and set(missing) & set(REQUIRED):
@@ -392,9 +363,11 @@ def inside(mode: str, level: str, parent: str, packages: str):
     elif mode == "script":
         exec(compile(source, "program.py", "exec"), new_module("__main__"))
     elif mode == "functions":
-        serve_functions(source, channel)
+        remote.serve(source, channel)
+    elif mode == "tests":
+        harness.run_tests(source, channel, outcomes)
     else:
-        run_tests(source, channel)
+        harness.run_stubs(source, outcomes)
     # An exception ends in the interpreter's own traceback, whose last line is what `finish` returns.
 
 
@@ -413,207 +386,6 @@ def new_module(name: str) -> dict:
     """The namespace of an empty module that can be imported."""
     module = sys.modules[name] = type(sys)(name)
     return module.__dict__
-
-
-class Channel:
-    """JSON lines to and from the other process."""
-
-    def __init__(self, incoming: int, outgoing: int):
-        import json
-
-        self.json = json
-        self.incoming = os.fdopen(incoming, "rb")
-        self.outgoing = os.fdopen(outgoing, "wb")
-
-    def send(self, message):
-        self.outgoing.write(self.json.dumps(message).encode() + b"\n")
-        self.outgoing.flush()
-
-    def receive(self):
-        line = self.incoming.readline(REPLY)
-        if not line.endswith(b"\n"):
-            raise EOFError("the other process has ended")
-        return self.json.loads(line)
-
-
-def serve_functions(source: str, channel: Channel):
-    """The program's side of `test`: run it, then answer requests for its names, attributes and calls."""
-    try:
-        exec(compile(source, "program.py", "exec"), new_module("solution"))
-    except (Exception, SystemExit) as error:
-        channel.receive()
-        channel.send(raised(error))
-        return
-    objects = [sys.modules["solution"]]  # what is not plain data; its index is its handle
-    remembered = objects.__getitem__
-    while True:
-        operation, handle, *request = channel.receive()
-        try:
-            target = objects[handle]
-            given = []
-            if operation == "call":
-                given = [decode(argument, remembered) for argument in request[0]]
-                named = {name: decode(argument, remembered) for name, argument in request[1].items()}
-                result = target(*given, **named)
-            elif operation == "getitem":
-                result = target[decode(request[0], remembered)]
-            else:
-                function = {"getattr": getattr, "setattr": setattr, "bool": bool, "len": len, "list": list}[operation]
-                result = function(target, *[decode(argument, remembered) for argument in request])
-            after = [encode(argument, objects) for argument in given]  # the call may have changed them
-            channel.send(["result", encode(result, objects), after])
-        except (Exception, SystemExit) as error:
-            channel.send(raised(error))
-
-
-def raised(error: BaseException) -> list:
-    """The answer to a request that raised."""
-    return ["raise", type(error).__name__, str(error)[:200]]
-
-
-def run_tests(source: str, channel: Channel):
-    """The tests' side. Ends the process: with status 1 as soon as a test raises, else 0."""
-    import json
-
-    names, tests = json.loads(source)
-    program = remote_class(channel)(0)
-    namespace = {"__name__": "tests"}
-    for number, test in enumerate(tests, 1):
-        try:
-            if number == 1:
-                namespace.update({name: getattr(program, name) for name in names})
-            exec(compile(test, "test.py", "exec"), namespace)
-        except (Exception, SystemExit) as error:
-            line = f"test {number} of {len(tests)}: {type(error).__name__}: {error}"
-            print(line[:200], file=sys.stderr, flush=True)
-            os._exit(1)
-    os._exit(0)
-
-
-def ask(channel: Channel, *request):
-    """One request and its answer: result, and the arguments after a call. Raises what the program raised."""
-    import builtins
-
-    channel.send(request)
-    kind, *reply = channel.receive()
-    if kind == "raise":
-        name, message = reply
-        known = getattr(builtins, str(name), None)
-        special = (StopIteration, StopAsyncIteration, UnicodeError)  # would end a test's loop; takes five arguments
-        if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, special):
-            raise known(message)
-        raise RuntimeError(f"{name}: {message}")
-    return reply
-
-
-def remote_class(channel: Channel) -> type:
-    """The class of what lives in the program's process, as tests see it. Its methods raise what the program raises."""
-
-    class Remote:
-        """Compared here, by identity: it is equal to nothing else."""
-
-        def __init__(self, handle):
-            object.__setattr__(self, "_handle", handle)
-
-        def __getattr__(self, name):
-            if name.startswith("__"):  # NumPy would take the program's word for an array in our memory
-                raise AttributeError(name)
-            return decode(ask(channel, "getattr", self._handle, name)[0], Remote)
-
-        def __setattr__(self, name, value):
-            ask(channel, "setattr", self._handle, name, encode(value))
-
-        def __bool__(self):
-            return bool(ask(channel, "bool", self._handle)[0])
-
-        def __len__(self):
-            return decode(ask(channel, "len", self._handle)[0])
-
-        def __getitem__(self, key):
-            return decode(ask(channel, "getitem", self._handle, encode(key))[0], Remote)
-
-        def __iter__(self):
-            return iter(decode(ask(channel, "list", self._handle)[0], Remote))
-
-        def __call__(self, *given, **named):
-            positional = [encode(argument) for argument in given]
-            keywords = {name: encode(argument) for name, argument in named.items()}
-            result, after = ask(channel, "call", self._handle, positional, keywords)
-            changed = [decode(argument, Remote) for argument in after]
-            for argument, now in zip(given, changed, strict=True):
-                copy_changes(argument, now)
-            return decode(result, Remote)
-
-    return Remote
-
-
-def copy_changes(argument, now):
-    """Makes an argument what a call has left it as: a function may sort it in place."""
-    if isinstance(argument, list) and isinstance(now, list):
-        argument[:] = now
-    elif isinstance(argument, dict) and isinstance(now, dict):
-        argument.clear()
-        argument.update(now)
-
-
-COLLECTIONS = (list, tuple, set, frozenset)
-VIEWS = (range, type({}.keys()), type({}.values()), type({}.items()))  # become lists
-
-
-def encode(value, objects: list | None = None):
-    """Plain data as JSON. Subclasses lose their class, iterators become lists, the rest a handle in `objects`.
-
-    Raises TypeError for the rest if there are no `objects`.
-    """
-    match value:
-        case None | bool():
-            return value
-        case int():
-            return {"int": hex(value)}  # whatever its size
-        case float():
-            return float(value)
-        case str():
-            return str.__str__(value)
-        case list() | tuple() | set() | frozenset():
-            kind = next(kind for kind in COLLECTIONS if isinstance(value, kind))
-            items = [encode(item, objects) for item in value]
-            return {kind.__name__: items}
-        case dict():
-            pairs = [[encode(key, objects), encode(item, objects)] for key, item in value.items()]
-            return {"dict": pairs}
-        case complex():
-            return {"complex": [value.real, value.imag]}
-        case bytes() | bytearray():
-            return {"bytes": value.decode("latin1")}
-    if hasattr(value, "tolist"):  # NumPy
-        return encode(value.tolist(), objects)
-    if hasattr(value, "__next__") or isinstance(value, VIEWS):
-        return encode(list(value), objects)
-    if objects is None:
-        if hasattr(value, "_handle"):
-            return {"object": value._handle}  # a Remote
-        raise TypeError(f"a test gives the program a {type(value).__name__}; only plain data can be given")
-    objects.append(value)
-    return {"object": len(objects) - 1}
-
-
-def decode(value, remote=None):
-    """The inverse of `encode`. Whatever the other side sends, the result is made of built-in types."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "int":
-        return int(content, 16)
-    for collection in COLLECTIONS:
-        if kind == collection.__name__:
-            return collection([decode(item, remote) for item in content])
-    if kind == "dict":
-        return {decode(key, remote): decode(item, remote) for key, item in content}
-    if kind == "complex":
-        return complex(*content)
-    if kind == "bytes":
-        return content.encode("latin1")
-    return remote(int(content))
 
 
 # ---------------------------------------------------------------- the layers

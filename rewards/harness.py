@@ -1,0 +1,194 @@
+"""How the tests of a data set are run: the tests' process of sandbox.py, and what it brings for the kinds of tests.
+
+Imported by that process, together with remote.py. `programs.py` writes calls of the functions below into the tests.
+"""
+
+import json
+import os
+import signal
+import sys
+
+from equality import is_same
+from remote import Channel, End, Remote, name_class, operate_for_program, remote_object
+
+
+def run_tests(source: str, channel: Channel, report: int):
+    """Runs the tests and ends the process, with status 1 if one fails.
+
+    Args:
+        source: JSON of the names of the program that the tests use, the tests, and whether the first failure ends them.
+        channel: to the program's process.
+        report: a file that gets a line of JSON for each test: null, or what went wrong. The tests behind one in which
+            the program ends have none.
+    """
+    names, tests, stops = json.loads(source)
+    program = End(channel, operate_for_program, remote_object).stand_in(0, "solution")
+    sys.modules["solution"] = program
+    namespace = {"__name__": "tests"}
+    problem = None
+    try:
+        for name in names:
+            namespace[name] = getattr(program, name)
+            if isinstance(namespace[name], Remote) and name[0].isupper():
+                name_class(namespace[name])
+    except (Exception, SystemExit) as error:
+        problem = error
+    has_failed = False
+    for test in tests:
+        line = run_test(test, namespace, problem)
+        if channel.has_ended:
+            line = "the program has ended"  # whatever the test has made of that
+        os.write(report, json.dumps(line).encode() + b"\n")
+        has_failed = has_failed or line is not None
+        if has_failed and (stops or channel.has_ended):
+            break
+    os._exit(has_failed)
+
+
+def run_test(test: str, namespace: dict, problem=None) -> str | None:
+    """What goes wrong in a piece of Python, in one line; None if nothing does."""
+    try:
+        if problem:
+            raise problem
+        exec(compile(test, "test.py", "exec"), namespace)
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+# ---------------------------------------------------------------- as pytest and unittest run tests
+
+
+def run_function(function, namespace: dict):
+    """Calls a test as pytest does: with its fixtures, and once for each set of parameters. Raises what it raises."""
+    for parameters in parameter_sets(function):
+        given = dict(parameters)
+        for name in parameter_names(function):
+            if name not in given and name in namespace:
+                given[name] = fixture(namespace[name], namespace)
+        function(**given)
+
+
+def parameter_sets(function) -> list[dict]:
+    """What `pytest.mark.parametrize` asks for; [{}] without."""
+    sets = [{}]
+    for mark in getattr(function, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, values = [*mark.args, *mark.kwargs.values()][:2]
+            names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+            rows = [getattr(value, "values", value) if hasattr(value, "marks") else value for value in values]
+            if len(names) == 1:
+                rows = [row if hasattr(value, "marks") else [row] for row, value in zip(rows, values, strict=True)]
+            sets = [known | dict(zip(names, row, strict=True)) for known in sets for row in rows]
+    return sets
+
+
+def parameter_names(function) -> list[str]:
+    """The names of a function's parameters without a default, but for `self`."""
+    code = getattr(function, "__func__", function).__code__
+    names = code.co_varnames[: code.co_argcount - len(function.__defaults__ or ())]
+    return [name for name in names if name != "self"]
+
+
+def fixture(definition, namespace: dict):
+    """The value of a fixture of pytest's. What follows its `yield` is not run."""
+    function = getattr(definition, "_get_wrapped_function", lambda: definition)()
+    value = function(**{name: fixture(namespace[name], namespace) for name in parameter_names(function)})
+    return next(value) if hasattr(value, "gi_frame") else value
+
+
+def run_class(kind: type, namespace: dict):
+    """Runs the test methods of a class, as pytest does: each on an instance of its own. Raises what one raises."""
+    for name in [name for name in dir(kind) if name.startswith("test")]:
+        instance = kind()
+        for prepare in ("setup_class", "setup_method", "setUp"):
+            if hasattr(instance, prepare):
+                function = getattr(instance, prepare)
+                function(*[None] * len(parameter_names(function)))
+        run_function(getattr(instance, name), namespace)
+
+
+def run_unittest(kind: type):
+    """Runs a unittest.TestCase. AssertionError for the first test that fails, or if all are skipped."""
+    import io
+    import unittest
+
+    result = unittest.TestResult()
+    result.failfast = True
+    unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
+    for problem in (*result.failures, *result.errors):
+        lines = problem[1].strip().splitlines()
+        raise AssertionError(f"{problem[0].id()}: {lines[-1]}")
+    if result.unexpectedSuccesses or len(result.skipped) + len(result.expectedFailures) == result.testsRun:
+        raise AssertionError(f"no test of {kind.__name__} has passed")
+
+
+def check_call(name: str, given: list, results: list):
+    """Asserts that a function of the program, or a method of its class Solution, returns one of the right results."""
+    solution = sys.modules["solution"]
+    try:
+        function = getattr(solution, name)
+    except AttributeError:
+        function = getattr(solution.Solution(), name)
+    returned = function(*given)
+    if not any(is_same(returned, result) for result in results):
+        raise AssertionError(f"returned {returned!r}"[:100])
+
+
+# ---------------------------------------------------------------- programs that do nothing
+
+
+class Anything:
+    """An object that can be called and has every attribute, and that is equal to nothing else."""
+
+    def __call__(self, *given, **named):
+        return self
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+class NotWritten(Exception):
+    """What a stub raises: no test can expect it."""
+
+
+def raises(*given, **named):
+    """A stub."""
+    raise NotWritten
+
+
+def returning(value):
+    """A stub that returns a value, whatever it is given; a new one each time, if it can be changed."""
+    return lambda *given, **named: [] if value == [] else value
+
+
+STUBS = {
+    "raises an exception": raises,
+    "returns an object of no use": returning(Anything()),
+    "returns None": returning(None),
+    "returns 0": returning(0),
+    "returns ''": returning(""),
+    "returns []": returning([]),
+    "returns True": returning(True),
+}
+STUB_SECONDS = 1  # of processor time, for all tests of one stub: `while f(x)` may not end
+
+
+def run_stubs(source: str, report: int):
+    """Runs tests on stubs, in this process, and ends it. The name of each stub that passes is a line of `report`.
+
+    Args:
+        source: JSON of the names of the program that the tests use, the tests, and some of the names in STUBS.
+    """
+    names, tests, which = json.loads(source)
+    signal.signal(signal.SIGVTALRM, raises)
+    for stub in which:
+        solution = sys.modules["solution"] = type(sys)("solution")
+        solution.__getattr__ = lambda name, stub=stub: STUBS[stub]
+        namespace = {"__name__": "tests"} | dict.fromkeys(names, STUBS[stub])
+        signal.setitimer(signal.ITIMER_VIRTUAL, STUB_SECONDS)
+        if all(run_test(test, namespace) is None for test in tests):
+            os.write(report, json.dumps(stub).encode() + b"\n")
+    os._exit(0)
