@@ -110,7 +110,6 @@ def run_class(kind: type, namespace: dict):
 
 def run_unittest(kind: type):
     """Runs a unittest.TestCase. AssertionError for the first test that fails, or if all are skipped."""
-    import io
     import unittest
 
     result = unittest.TestResult()

@@ -32,7 +32,7 @@ and its verdict is the same. See `Watch`.
 This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
 """
 
-# The fenced-in process imports this file too (for tests of functions also remote.py and harness.py), but not the package:
+# The fenced-in process imports this file too, and for tests of functions remote.py and harness.py, but not the package:
 # that takes 40 ms more. For the same reason what only one side needs is imported where it is used.
 import ctypes
 import os
@@ -112,7 +112,7 @@ def test(source: str, tests: list[str], names: list[str], level: str = "full", s
 
 
 def stubs(tests: list[str], names: list[str], which: list[str], level: str = "full") -> list[str]:
-    """Those of the programs `which`, of harness.STUBS, that pass the tests: programs that do nothing, in all but name."""
+    """Those of the programs `which`, of harness.STUBS, that pass the tests: programs that do nothing."""
     import json
 
     with Files(text=json.dumps([names, tests, which]), stdin="", stdout="") as files:
