@@ -237,12 +237,11 @@ if triton is not None:
         a = 0.0  # Σ e^(z - m) (z - m)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            inside = v < V
             z, _ = _load_z(row_logits + v, v < W, temperature, softcap, HAS_SOFTCAP)  # (2)
-            largest = tl.max(tl.where(inside, z, -1e38), axis=0)
-            new_m = tl.maximum(m, largest)
+            z = tl.where(v < V, z, -1e38)
+            new_m = tl.maximum(m, tl.max(z, axis=0))
             shrink = tl.exp(m - new_m)
-            terms = tl.where(inside, tl.exp(z - new_m), 0.0)
+            terms = tl.exp(z - new_m)
             a = shrink * (a + s * (m - new_m)) + tl.sum(terms * (z - new_m), axis=0)
             s = shrink * s + tl.sum(terms, axis=0)
             m = new_m
