@@ -12,7 +12,7 @@ one. A contestant that cannot run, or for which no time is left, is listed with 
 
     card      products of 8192 x 8192 x 8192 in bf16, a copy of 2 GB: the rates that all others are measured by
     check     varlen attention, attention over slots, the head: against float64. A failure ends the benchmark
-    head      benchmarks/head.py at its three shapes
+    head      benchmarks/head.py at its four shapes
     sft       a Llama of 1.5B parameters in its layers' matrices and head, packed 8k tokens, bf16 with float32 masters;
               compiled or not, activation checkpointing or not, 16k tokens; TRL with packing and Liger. And 4B, where
               the card's memory is enough
@@ -360,7 +360,9 @@ def child(args, part, name, size, work, out):
 
 def plan(args, memory):
     """[(part, contestant, model size)], what decides first; and {the same: reason} of what cannot run."""
-    shapes = ["64,32,128"] if args.dry else ["8192,2048,128256", "16384,4096,128256", "16384,2560,151936"]
+    shapes = ["16384,4096,100278", "16384,4096,128264", "8192,2048,128256", "16384,2560,151936"]
+    if args.dry:
+        shapes = ["64,32,128"]
     everything = [("head", shape, "1.5b") for shape in shapes]
     everything += [("sft", name, "1.5b") for name in ("ours_compiled", "trl_liger")]
     everything += [("sampler", name, "1.5b") for name in ("ours", "generate")]
@@ -391,8 +393,8 @@ def outcome(command, out, left):
     if left < 20:
         return {"not_run": "no time was left"}
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out.parent / "cache")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TOKENIZERS_PARALLELISM": "false"}
-    env |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env |= {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     try:
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)
     except subprocess.TimeoutExpired:
