@@ -1,7 +1,12 @@
 """Verifiers that hang, crash, eat memory and lie, as a forker's module: workers import it by name."""
 
+import ctypes
 import os
+import signal
+import subprocess
+import threading
 import time
+from contextlib import suppress
 
 from rewards import Verdict, verifier
 
@@ -81,3 +86,66 @@ def coin(completion, ground_truth):
     import hashlib
 
     return hashlib.sha256(completion.encode("utf-8", "surrogatepass")).digest()[0] % 2 == 0
+
+
+@verifier("forks", seconds=20)
+def forks(completion, ground_truth):
+    """Starts a process in one of several ways, and so returns twice, or leaves it behind. Right if it says "right"."""
+    how = ground_truth
+    if how == "returns twice":
+        os.fork()
+    if how == "returns twice, past Python":
+        ctypes.CDLL(None).fork()
+    if how == "returns later":
+        if os.fork() == 0:
+            time.sleep(0.05)
+    if how == "the child returns":
+        if os.fork():
+            os._exit(0)
+    if how == "stays" and os.fork() == 0:
+        time.sleep(600)
+    if how == "stays, and its parent dies" and ctypes.CDLL(None).fork():
+        os._exit(0)
+    if how == "a command":
+        subprocess.Popen(["sleep", "600"])
+    if how == "a thread":
+        threading.Thread(target=spin, daemon=True).start()
+    return "right" in completion, str(os.getpid())
+
+
+@verifier("talks")
+def talks(completion, ground_truth):
+    """Writes into every file it has, among them the connection to the caller."""
+    for fd in range(3, 64):
+        with suppress(OSError):
+            for _ in range(3):
+                os.write(fd, completion.encode())
+    return False
+
+
+@verifier("waits", seconds=0.2)
+def waits(completion, ground_truth):
+    """Does nothing, in one of several ways."""
+    if completion == "sleep":
+        time.sleep(600)
+    if completion == "naps":
+        while True:
+            time.sleep(0.01)
+    if completion == "pipe":
+        os.read(os.pipe()[0], 1)
+    if completion == "lock":
+        threading.Semaphore(0).acquire()
+    if completion == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if completion == "child":
+        subprocess.run(["sleep", "600"])
+    if completion == "working child":
+        if os.fork() == 0:
+            spin()
+        os.wait()
+    return True
+
+
+def spin():
+    while True:
+        pass
