@@ -14,7 +14,7 @@
 The processes that judge import this package, so nothing here may load torch or transformers.
 """
 
-from rewards import ifeval, mathematics, programs, strings  # noqa: F401 (they register verifiers)
+from rewards import audit, ifeval, ifevalg, mathematics, programs, strings  # noqa: F401 (they register verifiers)
 from rewards.jobs import failure_rates
 from rewards.pool import Pool, score
 from rewards.verifiers import REASONS, VERIFIERS, Verdict, Verifier, judge, verifier

@@ -3,11 +3,12 @@
     parse   a row's ground truth, in any of three published forms → a checked list of (instruction id, arguments)
     check   a response and that list → one bool per instruction
 
-There is one plain function per instruction, listed by id in `FOLLOWS`. The rules are those of the Apache-2.0 reference,
-google-research/instruction_following_eval, with these departures:
+There is one plain function per instruction, listed by id in `FOLLOWS`; ifevalg.py adds those of OLMo 3. The rules are
+those of the Apache-2.0 reference, google-research/instruction_following_eval, with these departures:
 
 - `sentences` and `capital_word_frequency` split the text by a few rules of their own, where the reference uses nltk's
   punkt (a model that has to be downloaded) and word_tokenize. Their docstrings say how they differ.
+- A rule is no bullet, nor is a line that begins with *emphasis*.
 - Keywords and markers are plain text; the reference reads them as regular expressions.
 - An argument that is missing or wrong is an error. The reference draws a random one, for the letters # and ! too.
 - Text without letters is in no language. The reference says that it is in whichever was asked for.
@@ -29,6 +30,7 @@ import re
 from itertools import pairwise
 from typing import NamedTuple, NewType
 
+import regex
 from langdetect import DetectorFactory, LangDetectException, detect
 from langdetect.detector_factory import PROFILES_DIRECTORY
 
@@ -45,9 +47,19 @@ COMPARE = {
     "exactly": operator.eq,
 }
 RELATIONS = [*COMPARE, "around"]
+# The full stops of other scripts, closing quotes and brackets with them; the number or letter of a list's item.
+OTHER_FULL_STOPS = regex.compile(r"(?V1)[\p{Sentence_Terminal}--[.!?]]+[\p{Pe}\p{Pf}\"']*")
+ITEM = re.compile(r"[(*]*([0-9]{1,2}|[A-Za-z])[.)]\**")
 # Abbreviations that never end a sentence, and those that end one unless a small letter follows.
-TITLES = set("mr mrs ms dr prof st rev hon gen col capt lt sgt rep sen gov vs approx dept est fig vol ave ph.d".split())
+TITLES = set(
+    "mr mrs ms dr prof st rev hon gen col capt lt sgt rep sen gov vs approx dept est fig vol ave i.e e.g cf".split()
+)
 ENDINGS = set("etc inc ltd co corp jr sr al jan feb mar apr jun jul aug sep sept oct nov dec".split())
+# Words that, with a capital, begin a sentence after U.S. and other letters with full stops.
+STARTERS = set(
+    "The A An This That These Those It He She We They I You There Here His Her Its Our Their My Your But And So Or If "
+    "In On At For As When While After Before However Then What Who Why How Yes No Not".split()
+)
 
 Relation = NewType("Relation", str)
 Language = NewType("Language", str)
@@ -72,29 +84,40 @@ def occurrences(text, keyword, whole_words):
 
 
 def sentences(text):
-    """The number of sentences.
+    """The sentences of a text, in order.
 
-    A sentence ends with a word that ends in . ! or ?, closing quotes and brackets aside. It does not if the word is a
-    title (from a fixed list) or letters with full stops (e.g. or U.S.), or if it is a number, an ellipsis or another
-    abbreviation (from a list) and a small letter follows. Punkt knows more abbreviations and weighs their context.
+    A sentence ends with a word that ends in . ! or ?, closing quotes and brackets aside, or with the full stop of
+    another script (。 । ؟), where no space has to follow. It does not if the word is a title (from a fixed list) or
+    the number of a list's item (1. or a.); if it is a number, an ellipsis or another abbreviation (from a list) and a
+    small letter follows; or if it is letters with full stops (e.g. or U.S.) and no word follows that often begins
+    sentences (from a list, such as The). Punkt knows more abbreviations and weighs their context.
     """
-    words = text.split()
-    if not words:
-        return 0
-    ends = sum(ends_sentence(word, following) for word, following in pairwise(words))
-    return ends + 1  # the text ends the last one
+    found = []
+    sentence = []
+    lines = [OTHER_FULL_STOPS.sub(r"\g<0> ", line).split() for line in text.split("\n")]
+    words = [(word, position == 0) for line in lines for position, word in enumerate(line)]
+    words.append(("", False))
+    for (word, begins_line), (following, _) in pairwise(words):
+        is_number = (begins_line or not sentence) and ITEM.fullmatch(word)
+        sentence.append(word)
+        if not is_number and ends_sentence(word, following):
+            found.append(" ".join(sentence))
+            sentence = []
+    return [*found, " ".join(sentence)] if sentence else found
 
 
 def ends_sentence(word, following):
     """Whether a sentence ends between these two words, by the rules of `sentences`."""
-    word = word.strip("\"'”’)]}*_(“‘[")
+    word = word.strip("\"'”’)]}*_(“‘[").replace("…", "...")
     if not word.endswith("."):
-        return word.endswith(("!", "?"))
+        return word.endswith(("!", "?")) or bool(OTHER_FULL_STOPS.search(word))
     stem = word[:-1].lower()
-    if stem in TITLES or re.fullmatch(r"([^\W\d_]\.)+", word):
+    if stem in TITLES:
         return False
+    if re.fullmatch(r"([^\W\d_]\.)+|Ph\.D\.", word):
+        return following.lstrip("\"'“‘([*_") in STARTERS
     may_go_on = stem in ENDINGS or stem.endswith(tuple(".0123456789"))
-    return not (may_go_on and following[0].islower())
+    return not (may_go_on and following[:1].islower())
 
 
 def divided(text, divider):
@@ -143,7 +166,7 @@ def response_language(text, language: Language):
 
 def number_sentences(text, num_sentences: int, relation: Relation):
     """At least, less than, ... this many sentences; "around" is one more or less."""
-    return compare(sentences(text), relation, num_sentences, tolerance=1)
+    return compare(len(sentences(text)), relation, num_sentences, tolerance=1)
 
 
 def number_paragraphs(text, num_paragraphs: int, divider: str = "***"):
@@ -193,10 +216,17 @@ def postscript(text, postscript_marker: str):
     return re.search(pattern, text.lower()) is not None
 
 
+# A rule; words in single asterisks.
+NO_BULLET = r"([-*])(\s*\1){2,}$|\*[^\s*]([^*]*[^\s*])?\*(?!\*)"
+
+
 def number_bullet_lists(text, num_bullets: int):
-    """Exactly this many lines begin with - or with a single *."""
-    lines = [line.lstrip() for line in text.split("\n")]
-    bullets = [line for line in lines if re.match(r"-|\*(?!\*)", line)]
+    """Exactly this many lines begin with - or with a single *.
+
+    A rule (---, * * *) is no bullet, nor is *emphasis* at the beginning of a line; the reference counts both.
+    """
+    lines = [line.strip() for line in text.split("\n")]
+    bullets = [line for line in lines if re.match(r"-|\*(?!\*)", line) and not re.match(NO_BULLET, line)]
     return len(bullets) == num_bullets
 
 
@@ -421,6 +451,13 @@ ARGUMENTS = {
     Letter: ("a single character", lambda value: isinstance(value, str) and len(value) == 1),
 }
 
+# For instructions whose arguments suit, but perhaps not each other: what is wrong with them, or "".
+IMPOSSIBLE = {
+    "length_constraints:nth_paragraph_first_word": lambda num_paragraphs, nth_paragraph, **_: (
+        "" if 1 <= nth_paragraph <= num_paragraphs else f"there is no paragraph {nth_paragraph} of {num_paragraphs}"
+    ),
+}
+
 
 def decoded(given):
     """What a JSON string or, as OLMo 3's rows are published, a Python literal stands for; anything else as it is.
@@ -477,11 +514,9 @@ def checked(instruction, arguments, theirs, where):
             raise ValueError(f"{where}: argument {shown!r} is missing: {wanted}")
         if name in given and not suits(given[name]):
             raise ValueError(f"{where}: {shown!r} has to be {wanted}, not {given[name]!r:.80}")
-    if instruction == "length_constraints:nth_paragraph_first_word":
-        nth = given["nth_paragraph"]
-        last = given["num_paragraphs"]
-        if not 1 <= nth <= last:
-            raise ValueError(f"{where}: there is no paragraph {nth} of {last}")
+    problem = IMPOSSIBLE[instruction](**given) if instruction in IMPOSSIBLE else ""
+    if problem:
+        raise ValueError(f"{where}: {problem}")
     return given
 
 
@@ -491,8 +526,7 @@ def parse(ground_truth):
     Args:
         ground_truth: an object, or a string with its JSON or Python literal, in one of these forms; nulls are left out.
             IFEval's rows, with whatever other columns: {"instruction_id_list": [...], "kwargs": [{...}, ...]}.
-            OLMo 3's IF_multi_constraints_upto5: [{"instruction_id": [...], "kwargs": [{...} or null, ...]}]. Of its 54
-            instructions the 25 of IFEval are here; another is an unknown one.
+            OLMo 3's IF_multi_constraints_upto5: [{"instruction_id": [...], "kwargs": [{...} or null, ...]}].
             Tülu 3's RLVR-IFeval: {"func_name": "verify_keywords", "keyword_list": [...], "N": null, ...}.
 
     Raises:
@@ -558,7 +592,10 @@ def check(completion, instructions, loose=False):
 
 @verifier("ifeval", gold=parse)
 def follows_instructions(completion, instructions, loose=False):
-    """Zhou et al. 2023 (arXiv 2311.07911): the share of instructions followed, as OLMo 3 rewards it."""
+    """Zhou et al. 2023 (arXiv 2311.07911): the share of instructions followed.
+
+    That is the reward in OLMo 3's code; its text asks for all of them, which is `ifeval_strict`.
+    """
     if not any(map(str.isalnum, completion)):
         return Verdict(0.0, "unparsed")  # an invisible character would follow every "do not"
     followed = check(completion, instructions, loose)
@@ -569,7 +606,17 @@ def follows_instructions(completion, instructions, loose=False):
     return share, "all followed"
 
 
+@verifier("ifeval_strict", gold=parse)
+def follows_every_instruction(completion, instructions):
+    """1 if all instructions are followed, else 0: the reward as OLMo 3's text has it (arXiv 2512.13961).
+
+    Strict is this "all or nothing"; the reading of the text is that of `ifeval`, which IFEval calls strict.
+    """
+    verdict = follows_instructions(completion, instructions)
+    return verdict if isinstance(verdict, Verdict) else (verdict[0] == 1, verdict[1])
+
+
 @verifier("ifeval_loose", gold=parse)
 def loosely_follows_instructions(completion, instructions):
-    """The same by IFEval's loose reading: a first or last line, or asterisks, may be left out."""
+    """The share by IFEval's loose reading: a first or last line, or asterisks, may be left out."""
     return follows_instructions(completion, instructions, loose=True)

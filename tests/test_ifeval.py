@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ifevalg import CASES as OLMO_CASES
 
-from rewards import ifeval
+from rewards import ifeval, judge
 from rewards.ifeval import FOLLOWS, TULU, check, parse
 
 ROWS = Path(__file__).parents[2] / "shared/data/ifeval/input_data.jsonl"
@@ -44,7 +45,10 @@ CASES = {
     ],
     "length_constraints:number_sentences": [
         ({"num_sentences": 3, "relation": "at least"}, ["One. Two! Three?", "One. two. three", "“One.” (Two.) Three."], ["One. Two."]),
-        ({"num_sentences": 2, "relation": "less than"}, ["Mr. Smith met Dr. J. R. Jones.", "It cost 3.50 at 1. street", "See (e.g. U.S. law", "wait... what", "word", "No end\nhere", "rice, etc. and more"], ["One. Two", "Really?! Yes", "Wait... What", "1. Wash", "Rice, etc. More"]),
+        ({"num_sentences": 2, "relation": "less than"}, ["Mr. Smith met Dr. J. R. Jones.", "It cost 3.50 at 1. street", "See (e.g. U.S. law", "wait... what", "word", "No end\nhere", "rice, etc. and more"], ["One. Two", "Really?! Yes", "Wait... What", "It cost 5. He paid", "Rice, etc. More"]),
+        ({"num_sentences": 2, "relation": "exactly"}, ["1. Wash it. 2. Dry it.", "1. Wash it.\n2. Dry it.", "a. Wash it.\nb. Dry it.", "**1.** Wash it! **2.** Dry it!", "He was born in 1990. The war began.", "It ends at 5. The bus left."], ["1. Wash it. And dry it. 2. Iron it.", "1. Wash it"]),
+        ({"num_sentences": 2, "relation": "exactly"}, ["He lives in the U.S. It is large.", "She has a Ph.D. She works.", "Come at 5 p.m. We eat.", "This is plan B. The rest is clear.", "\"I live in the U.S.\" He left.", "wait… What"], ["He lives in the U.S. and likes it.", "The U.S. Army won.", "J. R. R. Tolkien wrote", "See e.g. The Hobbit", "wait… what"]),
+        ({"num_sentences": 3, "relation": "exactly"}, ["我来了。我看见了。我赢了。", "やった！すごい？「はい。」", "他说：“好。”我走了！你呢？", "मैं आया। मैंने देखा। मैं जीता।", "هل أنت هنا؟ نعم۔ حسنا!", "すごい！！本当？？はい。", "ԵՍ եկա։ Տեսա։ Հաղթեցի։", "¿Qué? ¡Sí! Bueno."], ["我来了，我看见了，我赢了。", "π是3.14。对。", "我来了。", "「はい。」。。"]),
         ({"num_sentences": 3, "relation": "around"}, ["Go on. Stop.", "Go on. Stop. Go on. Stop."], ["Go on.", "Yes. " * 5]),
         ({"num_sentences": 30, "relation": "around"}, ["Hi you. " * 31], ["Hi you. " * 32]),
     ],
@@ -78,7 +82,7 @@ CASES = {
         ({"postscript_marker": "N.B."}, ["n.b. x"], ["nxbx"]),
     ],
     "detectable_format:number_bullet_lists": [
-        ({"num_bullets": 2}, ["* a\n* b", "- a\n  *b\ntext", "\n\n* a\n\n---"], ["* a", "* a\n**b**", "* a\n* b\n* c", "text", "a * b\na - b"]),
+        ({"num_bullets": 2}, ["* a\n* b", "- a\n  *b\ntext", "- a\n---\n- b", "* a\n***\n* b", "*Note* this.\n* a\n* b", "* a\n* *b* c", "- a\n*b c", "- a\n- - -\n* * *\n- b\n- - - "], ["* a", "*a*b\n*c", "* a\n**b**", "* a\n* b\n* c", "text", "a * b\na - b", "* a\n\n---", "* a\n*Note*", "*Note* a\n*Note* b"]),
     ],
     "detectable_format:constrained_response": [
         ({}, ["My answer is yes.", "Well. My answer is no. Bye", "My answer is maybe."], ["yes", "my answer is yes.", "My answer is yes"]),
@@ -137,7 +141,7 @@ def follows(row, text, loose=False):
 
 
 def test_every_instruction_has_cases():
-    assert CASES.keys() == FOLLOWS.keys() and len(FOLLOWS) == 25
+    assert len(CASES) == 25 and CASES.keys() == FOLLOWS.keys() - OLMO_CASES.keys()
 
 
 @pytest.mark.parametrize("name, arguments, good, bad", FLAT, ids=lambda value: value if isinstance(value, str) else "")
@@ -147,7 +151,7 @@ def test_rule(name, arguments, good, bad):
     assert [text for text in bad if follows(row, text)] == []
 
 
-@pytest.mark.parametrize("name", FOLLOWS)
+@pytest.mark.parametrize("name", CASES)
 def test_blank_text_follows_nothing(name):
     row = ground_truth((name, CASES[name][0][0]))
     assert not any(follows(row, text, loose) for text in ("", " \n\t") for loose in (False, True))
@@ -171,6 +175,19 @@ def test_blank_text_follows_nothing(name):
 def test_loose_forgives_a_preamble_an_ending_and_asterisks(name, arguments, text):
     row = ground_truth((name, arguments))
     assert not follows(row, text) and follows(row, text, loose=True)
+
+
+def test_rewards_of_several_instructions():
+    row = ground_truth(("punctuation:no_comma", {}), ("startend:quotation", {}), ("detectable_format:title", {}))
+    rewards = {"a, b": (0, 0, 0), "a b": (1 / 3, 0, 1 / 3), '"a b"': (2 / 3, 0, 2 / 3), '"<<a b>>"': (1, 1, 1), 'Sure, yes:\n"<<a>>"': (1 / 3, 0, 1)}
+    for text, expected in rewards.items():
+        verdicts = [judge(name, text, row) for name in ("ifeval", "ifeval_strict", "ifeval_loose")]
+        assert [verdict.reward for verdict in verdicts] == pytest.approx(expected), text
+        assert verdicts[0].answer == verdicts[1].answer
+        assert [verdict.reason == "right" for verdict in verdicts] == [reward == 1 for reward in expected]
+    for name in ("ifeval", "ifeval_strict", "ifeval_loose"):
+        assert judge(name, "\u200b.", row).reason == "unparsed"
+        assert judge(name, "<think>so\n", row).reason == "unparsed"
 
 
 def test_loose_does_not_forgive_more():
@@ -229,7 +246,7 @@ def test_tulu_function(row, good, bad):
 
 def test_tulu_has_a_function_for_each_instruction():
     assert {json.loads(row)["func_name"] for row, _, _ in TULU_CASES} == TULU.keys()
-    assert {name for name, _, _ in TULU.values()} == FOLLOWS.keys()
+    assert {name for name, _, _ in TULU.values()} == CASES.keys()
     for name, theirs, fixed in TULU.values():
         assert {*theirs, *fixed} <= inspect.signature(FOLLOWS[name]).parameters.keys()
 
@@ -310,7 +327,7 @@ def test_every_row_of_the_benchmark():
         pytest.skip(f"{ROWS} is not here: google-research/instruction_following_eval has it")
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     parsed = [parse(row) for row in rows]
-    assert len(rows) == 541 and {name for row in parsed for name, _ in row} == FOLLOWS.keys()
+    assert len(rows) == 541 and {name for row in parsed for name, _ in row} == CASES.keys()
     for row, instructions in zip(rows, parsed, strict=True):
         assert [name for name, _ in instructions] == row["instruction_id_list"]
         for text in (row["prompt"], "Hi. P.S. *a* [b]", ""):

@@ -297,10 +297,10 @@ HOSTILE = [*"a. (-1,/^'*<>", "٣ ", "北", "서울 ", "ア", "กู", "ı", "İ
 
 @pytest.mark.parametrize("piece", HOSTILE, ids=ascii)
 def test_hostile_text_is_judged_in_linear_time(piece):
-    """Each in less than the second of processor time that a verifier has; a quadratic rule would take hours."""
-    text = piece * (400_000 // len(piece))
+    """A quadratic rule would take minutes on these."""
+    text = piece * (100_000 // len(piece))
     for name, gold in (("exact", "5"), ("contains", ["5", "ı"]), ("string_f1", "b"), ("format", None)):
         for completion in (text, text + "a", "x" + text + " x"):
             start = time.process_time()
             assert judge(name, completion, gold).reason != "crash"
-            assert time.process_time() - start < 1
+            assert time.process_time() - start < 0.5
