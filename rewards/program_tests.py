@@ -85,12 +85,12 @@ def parse(ground_truth: str) -> Tests:
 
 
 def read(given):
-    """JSON, if it is a string that begins like an object, a list or a string of JSON; otherwise what it is."""
+    """What JSON says, if it is a string that begins like an object, a list or a string of JSON; else what it is."""
     if not isinstance(given, str) or not given.lstrip().startswith(("{", "[", '"')):
         return given
     try:
-        return json.loads(given)
-    except ValueError as error:
+        return read(json.loads(given))
+    except json.JSONDecodeError as error:
         message = str(error)
     try:
         return ast.literal_eval(given)  # a list as Python prints it
@@ -210,7 +210,7 @@ def parse_call(number: int, case: dict) -> tuple[list, list]:
 def parse_python(given, setup: list, entry_points: list) -> Tests:
     """The tests in Python, as one string or a list of pieces. Raises ValueError."""
     pieces = [given] if isinstance(given, str) else given
-    if not pieces or not isinstance(pieces, list):
+    if not pieces or not isinstance(pieces, list) or pieces == [""]:
         raise ValueError("no tests; expected a list of Python strings, or of {input, output}")
     if not all(isinstance(piece, str) for piece in [*setup, *pieces, *entry_points]):
         raise ValueError("tests of several kinds; expected Python strings, or {input, output}")
@@ -232,8 +232,8 @@ def parse_python(given, setup: list, entry_points: list) -> Tests:
     names, imports = free_names(bodies, entry_names)
     if not names:
         raise ValueError("the tests use no name that a program could define (`entry_point` gives a built-in one)")
-    if "candidate" in names and entry_points:
-        names = sorted({*names, *entry_names} - {"candidate"})
+    used, bound, *_ = names_in([node for body in bodies for node in body])
+    if entry_points and "candidate" in used - bound - set(names):
         imports.append(f"candidate = {entry_points[0]}")
     asserting = asserting_definitions([node for body in bodies for node in body])
     is_test = [any(asserts(node, asserting) for node in body if not isinstance(node, DEFINITION)) for body in bodies]
@@ -293,6 +293,11 @@ def calls_of_tests(nodes: list[ast.stmt], entry_points: list[str]) -> list[str]:
         elif name.startswith("test") and name not in called and not is_fixture(node):
             if isinstance(node, ast.AsyncFunctionDef):
                 raise ValueError(f"the tests have `async def {name}`: there is no asyncio in the sandbox")
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            required = node.args.args[: len(node.args.args) - len(node.args.defaults)]
+            for parameter in (argument.arg for argument in required):
+                if parameter not in defined and parameter not in decorators:
+                    raise ValueError(f"`{name}` wants the fixture `{parameter}`, which there is not")
             calls.append(f"import harness\nharness.run_function({name}, globals())")
     if "check" in defined and "check" not in called and entry_points:
         calls.append(f"check({entry_points[0]})")
