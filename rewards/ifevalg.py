@@ -90,11 +90,11 @@ def copy_span_idx(text, prompt_to_repeat: str, n_start: int, n_end: int):
 
 
 def sentence_hyphens(text):
-    """Sentences have a hyphen between them and no space. One sentence follows that, too.
+    """Sentences have a hyphen between them and no space, and stand on one line. One sentence follows that, too.
 
     The reference takes every hyphen for one between sentences, also that of well-known.
     """
-    if regex.search(r"\s-|-\s", text.strip()):
+    if regex.search(r"\s-|-\s|\n", text.strip()):
         return False
     joined = regex.sub(r"\p{Sentence_Terminal}+[\p{Pe}\p{Pf}\"']*-", "-", text)
     joined = regex.sub(r"(?<=\w\w[.!?])(?=\p{Lu})", " ", joined)  # neither hyphen nor space

@@ -34,7 +34,7 @@ CASES = {
         ({"prompt_to_repeat": "Write a poem.", "n_start": 8, "n_end": 10}, ["po", "poe"], ["poem", "p", "oe"]),  # 10 in, or out
     ],
     "detectable_format:sentence_hyphens": [
-        ({}, ["It is so.-Is it?-Yes!", "A well-known man.-He left.", "One sentence", "3.14 is pi.-Yes.", "Mr. Smith came.-He left.", "我来了。-我看见了。", "“Yes.”-He left.", "It is so.-Is it?-"], ["It is so. Is it?", "It is so. -Is it?", "It is so.- Is it?", "It is so.\nIs it?", "It is so.Is it?", "It is so - is it?", "It is so.-Is it? Yes!", "我来了。我看见了。", "- It is so."]),
+        ({}, ["It is so.-Is it?-Yes!", "A well-known man.-He left.", "One sentence", "3.14 is pi.-Yes.", "Mr. Smith came.-He left.", "我来了。-我看见了。", "“Yes.”-He left.", "It is so.-Is it?-"], ["It is so. Is it?", "It is so. -Is it?", "It is so.- Is it?", "It is so.\nIs it?", "It is so\nit is", "It is so.Is it?", "It is so - is it?", "It is so.-Is it? Yes!", "我来了。我看见了。", "- It is so."]),
     ],
     "detectable_format:square_brackets": [
         ({}, ["[It] [is] [so].", "[It] [is], [so]!", "[It][is]\n[3.5]", "[[It]] [is]", "[It] — [is]", "“[It] [is]”"], ["[It] is [so]", "[It is so]", "It is so", "[] [It] so", "[It]is[so]", "[It is]", "[", "[It] [is", "(It) (is)"]),
