@@ -1,51 +1,148 @@
 r"""Verifiers of numbers and formulas.
 
-    gsm8k    the last number
+    gsm8k    the number in the last \boxed{}, else behind the last "####" or "the answer is", else the last number
     math     the last \boxed{}, else "the answer is ...", else the last formula; math-verify compares
+
+math-verify reads LaTeX and decides whether two formulas are equal. What is not part of the value is taken off before
+(a name and "=", a unit, the letter of a choice, the base of a number): math-verify drops some of it unseen and reads
+the rest as variables. And an answer that only repeats the task is refused, since math-verify would work it out.
 """
 
 import re
-from decimal import Decimal
+import unicodedata
+from collections import Counter
+from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 from rewards.verifiers import Verdict, as_text, verifier
 
 TAIL = 4096  # characters at the end of a completion in which a number or a formula is looked for
 
 
+# ---------------------------------------------------------------- characters
+
+
+SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "’": "'", "°": r"^\circ ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
+    "±": r"\pm ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "≡": r"\equiv ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∠": r"\angle ",
+    "→": r"\to ", "⇒": r"\implies ", "∧": r"\land ", "∨": r"\lor ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
+    "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "√": r"\sqrt ",
+})  # fmt: skip
+
+
+def as_latex(text: str) -> str:
+    """Unicode's mathematical characters as LaTeX; full-width digits, and those of other scripts, as 0 … 9."""
+    if text.isascii():
+        return text
+    text = re.sub("[\u00b2\u00b3\u00b9\u2070-\u207f]+", lambda match: f"^{{{plain(match[0])}}}", text)  # x²
+    text = re.sub("[\u2080-\u208e]+", lambda match: f"_{{{plain(match[0])}}}", text)  # x₂
+    text = re.sub(r"√(\w+)", r"\\sqrt{\1}", text)
+    text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: f" {plain(match[0])}", text)  # 2½ is not 21/2
+    return plain(re.sub("([0-9]+)\u2044([0-9]+)", r"\\frac{\1}{\2}", text.translate(SYMBOLS)))
+
+
+def plain(text: str) -> str:
+    """The same characters without their width and height."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    return "".join(str(unicodedata.decimal(character, character)) for character in text)
+
+
 # ---------------------------------------------------------------- gsm8k: numbers
 
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+INTEGER = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"  # 12,345
+    r"|[1-9][0-9]{0,2}(?:[ '][0-9]{3})+(?![0-9])"  # 12 345 and 12'345
+    r"|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])"  # 1,23,456 in India
+    r"|[0-9]+)"
+)
+NUMBER = re.compile(
+    r"(?P<minus>(?:(?<![\w)])-)?)\$?(?:"
+    r"(?:(?P<whole>[0-9]+) +)?(?P<numerator>[0-9]+)/(?P<denominator>[1-9][0-9]*)(?![0-9/])"  # 1/2 and 2 1/2
+    r"|(?P<comma>(?<![0-9],)[0-9]+,[0-9]{1,2})(?![0-9,])"  # 12,5
+    rf"|(?P<decimal>{INTEGER}(?:\.[0-9]+)?|\.[0-9]+))"
+    r"(?:(?:[eE]|\s*(?:[x*]|\\times|\\cdot)\s*10\^)\{?(?P<exponent>[+-]?[0-9]{1,2})(?![0-9])\}?)?"  # e3, x 10^3
+    r"(?:\s*(?P<scale>thousand|million|billion|trillion)\b)?"
+)
+SCALES = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+STATEMENT = re.compile(
+    r"(?:^####|^A:|\banswer\b[*\s]*(?:is\b(?: therefore| thus| about| approximately)?|[:=]|\n))[\s:*~]*(?:\\?[(\[])?",
+    re.IGNORECASE | re.MULTILINE,
+)
+REASON = re.compile(r"\b(?:because|since|as|so|which|where|when|after)\b|\(", re.IGNORECASE)  # begins another clause
+LABEL = re.compile(r"\b(?:step|part|equation|line|note|example|question|problem)s? \(?[0-9]+", re.IGNORECASE)
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number, without thousands' commas and currency; units follow it and do not matter."""
-    text = text[-TAIL:]
-    text = text.replace("\u2212", "-")  # the minus sign
-    text = text.replace("{,}", ",").replace(r"\,", "")  # thousands in LaTeX
-    text = re.sub(r"(?<=[a-zA-Z])\^\{?[0-9]\}?", "", text)  # cm^2
-    numbers = NUMBER.findall(text)
-    if not numbers:
-        return None
-    return Decimal(re.sub(r"[,$]", "", numbers[-1]))
+def value(number: re.Match) -> Fraction:
+    """The value of a match of NUMBER."""
+    if number["denominator"]:
+        amount = int(number["whole"] or 0) + Fraction(int(number["numerator"]), int(number["denominator"]))
+    elif number["comma"]:
+        amount = Fraction(number["comma"].replace(",", "."))
+    else:
+        amount = Fraction(re.sub(r"[, ']", "", number["decimal"]))
+    amount *= SCALES[number["scale"]] * Fraction(10) ** int(number["exponent"] or 0)
+    return -amount if number["minus"] else amount
 
 
-def gold_number(ground_truth) -> Decimal:
-    """The last number of a ground truth, so that whole solutions will do. Raises ValueError if there is none."""
-    number = last_number(as_text(ground_truth))
-    if number is None:
-        raise ValueError(f"no number in {ground_truth!r}")
-    return number
+def final_numbers(text: str) -> list[Fraction]:
+    """The number a text ends with, without thousands' separators, currency and units. Several if it leaves open which;
+    none if there is none."""
+    text = as_latex(text[-TAIL:])
+    box = last_box(text)
+    text = readable_numbers(box or text)
+    if box:
+        return [value(number) for number in NUMBER.finditer(text.rpartition("=")[2])]
+    for statement in reversed(list(STATEMENT.finditer(text))):
+        number = NUMBER.match(text, statement.end())
+        if number and not re.match(r"[.)] +[a-zA-Z]", text[number.end() :]):
+            return stated_numbers(text, number)
+        if number and not text[: statement.end()].endswith(("\n", "# ")):
+            return stated_numbers(text, number)
+    numbers = list(NUMBER.finditer(LABEL.sub("", text))) or list(NUMBER.finditer(text))
+    return [value(number) for number in numbers[-1:]]
+
+
+def stated_numbers(text: str, number: re.Match) -> list[Fraction]:
+    """The number behind "the answer is": that one, unless it begins a calculation or a list."""
+    sentence = re.split(r"\n|\.\s", text[number.end() :], maxsplit=1)[0]
+    sentence = REASON.split(sentence, maxsplit=1)[0]
+    others = [value(other) for other in NUMBER.finditer(sentence.rpartition("=")[2])]
+    if "=" in sentence:  # 3 * 6 = 18
+        return others[:1]
+    if re.match(r"\s*(?:[-+*/^x]|\\times|\\cdot|\\div|times|plus|minus)\s*[$(]*[0-9.]", sentence):
+        return []  # 3 * 6
+    if re.search(r"\bor\b", sentence) or re.fullmatch(r"[\s,;&0-9.$]*(?:and)?[\s0-9.$]*", sentence):
+        return [value(number), *others]
+    return [value(number)]
+
+
+def readable_numbers(text: str) -> str:
+    """Without what looks like a number and is none: the exponents of units. Fractions of LaTeX as 1/2."""
+    text = text.replace("{,}", ",").replace(r"\,", "").replace(r"\!", "").replace(r"\$", "$")
+    text = re.sub(r"\\[dt]?frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))", r" \1\2/\3\4", text)
+    text = re.sub(r"(?<=[a-zA-Z])(\}?)\^\{?[0-9]\}?", r"\1", text)  # cm^2, \text{ cm}^2
+    return re.sub(r"([0-9] ?(?:[kcmd]?m|ft|in|yd|mi))[23](?![0-9.])", r"\1", text)  # 18 m2
+
+
+def gold_number(ground_truth) -> Fraction:
+    """The number a ground truth ends with, so that whole solutions will do. Raises ValueError if there is none."""
+    numbers = final_numbers(as_text(ground_truth))
+    if len(numbers) != 1:
+        raise ValueError(f"no number in {ground_truth!r}" if not numbers else f"several numbers in {ground_truth!r}")
+    return numbers[0]
 
 
 @verifier("gsm8k", gold=gold_number)
 def gsm8k(completion, gold):
-    """Cobbe et al. 2021 (arXiv 2110.14168), as Tülu 3 extracts it: the last number of the completion; if it has a box,
-    the last in that."""
-    box = last_box(completion[-TAIL:])
-    answer = last_number(box or completion)
-    return answer == gold, answer
+    """Cobbe et al. 2021 (arXiv 2110.14168): the number in the last box; else the one stated behind the data set's
+    "####" or "the answer is"; else, as Tülu 3 has it, the last number."""
+    numbers = final_numbers(completion)
+    answer = ", ".join(map(str, numbers)) or None
+    return numbers == [gold], answer
 
 
 # ---------------------------------------------------------------- math: formulas
@@ -70,6 +167,7 @@ def stated_answer(text: str) -> str:
     if formula:
         return formula[1]
     line = re.split(r"\.\s|\.?$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    line = REASON.split(line, maxsplit=1)[0].rstrip(" ,") or line
     formula = re.search(r"\$([^$]+)\$", line)
     if formula:
         return formula[1]
@@ -115,78 +213,509 @@ def argument(text: str, start: int) -> tuple[str | None, int]:
     return None, len(text)
 
 
+# ---------------------------------------------------------------- math: one way to write it
+
+
+def as_fraction(number: Fraction) -> str:
+    """LaTeX of it."""
+    return str(number) if number.denominator == 1 else rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+
+
+def mixed_number(match: re.Match) -> str:
+    whole, numerator, denominator = (int(digits) for digits in match.groups() if digits)
+    return as_fraction(whole + Fraction(numerator, denominator)) if denominator else match[0]
+
+
+def power_of_ten(match: re.Match) -> str:
+    return as_fraction(Fraction(match[1]) * Fraction(10) ** int(match[2]))
+
+
+TIDY = [
+    (r"\s+|~|(?<!\\)\\[;: ]", " "),
+    (r"(?:, ?)?(?<!\\)\\! ?|(?<!\\)\\,", ""),
+    (r"^(-?)\\\$ ?(-?[0-9.,]+)$", r"\1\2\\text{ dollars}"),
+    (r"\\?[$€£¥]|(?<!\\)\\[()]|\\displaystyle(?![a-zA-Z])|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
+    (r"\\(?:text(?:bf|it|rm|normal)|mbox|math(?:rm|bf|it|sf)|boldsymbol)(?![a-zA-Z])\s*|\\text\s+", r"\\text"),
+    (r"\{\\rm ([^{}]*)\}", r"\\text{\1}"),
+    (r"\\text\{([eid])\}", r"\1"),  # the number e
+    (r"\\q?quad(?![a-zA-Z])", ","),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac *(\\[a-zA-Z]+)", r"\\frac{\1}"),  # TeX takes one command for an argument
+    (r"\\frac *([0-9]) *([0-9])", r"\\frac{\1}{\2}"),
+    (r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),  # math-verify's normalize_latex makes \\sqrt of it
+    (r"\^ *\{? *\\circ *\}?|\\degrees?(?![a-zA-Z])", r"^\\circ "),
+    (r"(?<![a-zA-Z\\])(sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1"),
+    (r"(?<=\^\\circ ) *([CF])$", r"\\text{\1}"),
+    (r"\\varnothing(?![a-zA-Z])|\\\{ *\\\}", r"\\emptyset"),  # a variable for latex2sympy
+    (r"<=|\\leq(?:slant)?(?![a-zA-Z])", r"\\le "),
+    (r">=|\\geq(?:slant)?(?![a-zA-Z])", r"\\ge "),
+    (r"\\neq(?![a-zA-Z])", r"\\ne "),
+    # latex2sympy reads 11 5/6 as (11 + 5)/6
+    (r"(?<![\w^_.}])([0-9]+)(?: +([0-9]+)/([0-9]+)| *\\frac\{([0-9]+)\}\{([0-9]+)\})", mixed_number),
+    (
+        r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)(?: *(?:\\times|\\cdot|[*x]) *10 *\^ *|[eE](?=[-+]?[0-9]))"
+        r"\{?([-+]?[0-9]{1,2})(?![0-9])\}?",
+        power_of_ten,
+    ),
+    (r"^\\\{ *[a-zA-Z] *(?:\\in *\\mathbb\{R\} *)?(?:\\mid(?![a-zA-Z])|[|:])(.*)\\\}$", r"\1"),  # { x | x < 3 }
+    (r"\\text\{ *(?:percent(?:age)?|pct) *\}|\b(?:percent|pct)\b|(?<!\\)%", r"\\%"),
+    (r"^[a-zA-Z] *\\in(?![a-zA-Z])", ""),  # x \in [1, 2]
+    (r"\\pmod *(?:\{[^{}]*\}|[0-9])$|\((?:\\bmod|(?:\\text\{)? *mod)[^()]*\)$", ""),
+    (r"^\\boxed\{([^{}]*)\}$|^\\text\{([-(.0-9][^{}]*)\}", r"\1\2"),  # \text{5 cm}
+]
+TIDY = [(re.compile(pattern), replacement) for pattern, replacement in TIDY]
+
+
+def tidy(latex: str) -> str:
+    """Of several ways to write the same the one that latex2sympy reads."""
+    latex = latex.rstrip(". ")
+    for pattern, replacement in TIDY:
+        latex = pattern.sub(replacement, latex)
+    return latex.strip()
+
+
+# ---------------------------------------------------------------- math: what is not part of the value
+
+
+MEASURES = {  # the short name of each unit, and its others without the s of the plural
+    "m": "metre meter", "cm": "centimetre centimeter", "mm": "millimetre millimeter", "km": "kilometre kilometer",
+    "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "l": "litre liter",
+    "ml": "millilitre milliliter",
+    "g": "gram gm", "kg": "kilogram", "mg": "milligram", "lb": "pound", "oz": "ounce", "s": "second sec",
+    "min": "minute", "h": "hour hr", "day": "", "week": "", "month": "", "year": "yr", "degree": "deg circ",
+    "radian": "rad", "celsius": "c", "fahrenheit": "f", "dollar": "usd", "cent": "", "euro": "",
+}  # fmt: skip
+MEASURES = {name: short for short, names in MEASURES.items() for name in (short, *names.split())}
+POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cubed": "3", "2": "2", "3": "3"}
+NO_UNIT = {  # 5 of these is not 5, or it is no answer
+    "or", "and", "not", "mod", "pi", "sqrt", "times", "plus", "minus", "choose", "factorial", "over", "to", "base",
+    "hundred", "thousand", "million", "billion", "dozen", "half", "if", "for",
+    "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "through",
+}  # fmt: skip
+BRACED_UNITS = re.compile(r"(?:(?:[ /]|\\cdot)*\\text\{(?:[^{}0-9=,]|(?<=[a-zA-Z^])[23])*\}(?: *\^ *\{?-?[0-9]\}?)?)+")
+PLAIN_UNIT = re.compile(r"[a-zA-Z][ a-zA-Z./]*(?:\^ *\{?[0-9]\}?)?")
+LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
+
+
+def without_unit(latex: str, may_be_letter: bool) -> tuple[str, str]:
+    """The value and its unit, which is empty if there is none. A letter alone is a unit only where it may be one."""
+    start = latex.find(r"\text{")
+    letter = LETTER.search(latex)
+    if start > 0 and latex[start - 1] not in "_{^+-=(" and BRACED_UNITS.fullmatch(latex, start):
+        pass
+    elif letter and letter.start() > 0 and PLAIN_UNIT.fullmatch(latex, letter.start()):
+        start = letter.start()
+        first, *others = re.findall("[a-zA-Z]+", latex[start:])
+        if any(len(word) == 1 and word not in "mgshlL" for word in (first, *others)):
+            return latex, ""
+        if len(first) == 1 and not may_be_letter or latex[start - 1] != " " and not measure(first):
+            return latex, ""
+    elif latex.endswith(r"^\circ") and not FUNCTIONS["trigonometry"].search(latex):
+        start = len(latex) - len(r"^\circ")
+    else:
+        return latex, ""
+    unit = latex[start:].replace(r"\text", "")
+    words = re.findall("[a-z]+", unit.lower())
+    if NO_UNIT & set(words) or words[:1] in (["squared"], ["cubed"]):
+        return latex, ""
+    value = latex[:start].rstrip(r" \/")
+    return value.removesuffix(r"^\circ"), unit + " circ" * value.endswith(r"^\circ")
+
+
+def measure(word: str) -> str | None:
+    """The short name of a unit, if it is one that we know."""
+    word = word.lower()
+    return MEASURES.get(word) or MEASURES.get(word.removesuffix("s"))
+
+
+def measures(unit: str) -> set[str]:
+    """The units in a text that we know, as {"m", "/s2"}."""
+    found, slash, power = [], "", ""
+    unit = re.sub(r"\bmph\b", "mi/h", re.sub(r"\bkm?ph\b", "km/h", unit.lower()))
+    for word in re.findall("/|[a-z]+|[0-9]", unit):
+        if word in ("/", "per"):
+            slash = "/"
+        elif word in POWERS and found and (word.isdigit() or word.endswith("ed")):
+            found[-1] += POWERS[word]
+        elif word in POWERS:
+            power = POWERS[word]
+        elif measure(word):
+            found.append(slash + measure(word) + power)
+            power = ""
+    return set(found)
+
+
+def other_unit(unit: str, gold: str) -> bool:
+    """Whether both are units that we know, and others. 25 degrees may be degrees Celsius."""
+    ours, theirs = measures(unit), measures(gold)
+    if not ours or not theirs:
+        return False
+    rates = [{name for name in names if name.startswith("/")} for names in (ours, theirs)]
+    return rates[0] != rates[1] or not (ours <= theirs or theirs <= ours)
+
+
+CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?(?:([ap])\.?m\.?)?")
+
+
+def clock(latex: str) -> tuple[int, int, str] | None:
+    """A time as (hour below 12, minute, "a" or "p" or "")."""
+    time = CLOCK.fullmatch(re.sub(r"\\text|[{} ]", "", latex).lower())
+    if not time or not (time[2] or time[3]):
+        return None
+    hour, half = int(time[1]), time[3] or ""
+    if not half and hour > 12:
+        half = "p"
+    return hour % 12, int(time[2] or 0), half
+
+
+CHOICE = re.compile(r"(?:\\text\{ *)?(?:\(([A-Z])\)|([A-Z])(?=[).:}]|$))[).:]?\}?[ .:,]*(.*)")
+
+
+def without_choice(latex: str) -> tuple[str, str]:
+    """What stands behind the letter of a choice, and that letter, which is empty if there is none."""
+    choice = CHOICE.fullmatch(latex)
+    return (choice[3], choice[1] or choice[2]) if choice else (latex, "")
+
+
+DIGITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+BASED = re.compile(r"(-?(?=[A-F.]*[0-9])[0-9A-F., ]+)_(?:\{(?:\\text\{)? *([0-9]+|[a-z]+) *\}+|([0-9]+))")
+
+
+def without_base(latex: str) -> tuple[str, str]:
+    """The digits of a number and its base, which is empty if there is none."""
+    based = BASED.fullmatch(latex)
+    if not based:
+        return latex, ""
+    base = based[2] or based[3]
+    return re.sub("[, ]", "", based[1]), str(DIGITS.index(base)) if base in DIGITS else base
+
+
+def split(latex: str, separator: str) -> list[str]:
+    """The parts between separators that are in no brackets."""
+    parts, start, depth = [], 0, 0
+    for match in re.finditer(rf"[({{\[]|[)}}\]]|{separator}", latex):
+        if match[0] in "({[":
+            depth += 1
+        elif match[0] in ")}]":
+            depth -= 1
+        elif depth <= 0:
+            parts.append(latex[start : match.start()].strip())
+            start = match.end()
+    return [*parts, latex[start:].strip()]
+
+
+EQUALS = r"=|\\equiv(?![a-zA-Z])"
+APPROXIMATELY = r"\\approx(?![a-zA-Z])"
+LIST = r"[,;]|\\text\{ *(?:or|and) *\}|\bor\b|\band\b|\\lor(?![a-zA-Z])"
+NUMERIC_COMMAND = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|circ|pm|infty|approx)(?![a-zA-Z])")
+SYMBOL = re.compile(r"\W*\\?[a-zA-Z]\w*\W*")
+
+
+def is_name(side: str) -> bool:
+    """Whether a left side says what the value is of: x, f(2), x+y, \\angle ABC, \\text{Area}; 5 and e^2 do not."""
+    side = NUMERIC_COMMAND.sub("", without_unit(side, may_be_letter=False)[0])
+    return bool(SYMBOL.fullmatch(side) or re.search("[a-df-hj-zA-Z]", side))
+
+
+def values(latex: str) -> list[str]:
+    """The sides of a chain of equations, without the name before it."""
+    sides = split(latex, EQUALS)
+    while len(sides) > 1 and is_name(sides[0]):
+        sides.pop(0)
+    return sides
+
+
+# ---------------------------------------------------------------- math: the task is no answer
+
+
+FUNCTIONS = {
+    "root": r"\\sqrt|\^\{?\(?-?[0-9]+/|\^\{?-?\\frac",
+    "trigonometry": r"(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-z])",
+    "logarithm": r"(?<![a-zA-Z])(?:log|ln|lg)(?![a-z])",
+    "rounding": r"\\lfloor|\\lceil|floor|ceil",
+    "absolute value": r"\||\\l?vert",
+    "calculus": r"\\(?:int|sum|prod|lim)(?![a-zA-Z])|\\frac\{(?:d|\\partial)\}\{(?:d|\\partial)",
+    "counting": r"\\[dt]?binom|(?<!\\)!|choose|\}_",
+    "integers": r"(?<![a-zA-Z])(?:gcd|lcm|max|min|[bp]?mod|det)(?![a-z])",
+    "matrices": r"vmatrix|\\end\{[a-z]*\} *(?:\\begin|[\^+*-]|\\cdot|\\times)",
+    "complex numbers": r"(?<![a-zA-Z])i *\^",
+    "and so on": r"\\[lc]?dots|\.\.\.",
+}
+FUNCTIONS = {name: re.compile(pattern) for name, pattern in FUNCTIONS.items()}
+PRODUCT_OF_SUMS = re.compile(r"\)\s*(?:\(|[0-9])")
+NUMERIC = re.compile(r"-?(?:[0-9.,\s]+|\\frac\{-?[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)(?:\\%)?")
+ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[+*-]|\\cdot|\\times|\\div)\s*[0-9({\\]")
+WORDS = re.compile(r"\\text\{[^{}]*(?:[0-9=,]|\b(?:or|not|and)\b)")
+NEGATION = re.compile(r"\\(?:ne|not|lnot|neg)(?![a-zA-Z])|!=")
+
+
+def is_task(answer: str, gold: str) -> bool:
+    """What math-verify would take for an answer although it is the task, which it works out, or leaves something open.
+    Each only where the gold formula is not of that kind itself."""
+    for name, function in FUNCTIONS.items():
+        if len(function.findall(answer)) > 2 * len(function.findall(gold)):  # \cos x/\sin x may be \cot x
+            if name != "root" or not FUNCTIONS["trigonometry"].search(gold):  # \cos 15^\circ has roots
+                return True  # \sum_{k=1}^{10} k
+    if WORDS.search(answer) and not re.search(r",|\\cup|\band\b|\bor\b|\\pm|\\text", gold):
+        return True  # 5\text{ or 7}
+    if NEGATION.search(answer) and not NEGATION.search(gold):
+        return True
+    if re.search(r"_\{?(?!10\b)[0-9]", answer) and not re.search("_|[a-zA-Z]", gold):
+        return True  # 5_7
+    if PRODUCT_OF_SUMS.search(answer) and not PRODUCT_OF_SUMS.search(gold) and not is_name(gold):
+        return True  # (1+2i)(3-i)
+    if NUMERIC.fullmatch(gold):
+        return bool(ARITHMETIC.search(answer) or LETTER.search(answer))  # 123\cdot 456, (1+i)^4
+    return False
+
+
+def is_undone(formula) -> bool:
+    """Whether like terms, like factors or two numbers were left to be put together: 2x+1+3x, x\\cdot x^2, 5\\cdot 77.
+    math-verify parses without evaluating."""
+    import sympy
+
+    for part in sympy.preorder_traversal(formula):
+        if isinstance(part, sympy.Add) and has_duplicates(terms(part)):
+            return True
+        if isinstance(part, sympy.Mul) and has_duplicates(factors(part)):
+            return True
+    return False
+
+
+def has_duplicates(things) -> bool:
+    things = list(things)
+    return len(set(things)) < len(things)
+
+
+def terms(formula):
+    """What the rational numbers are multiplied with in each term of a sum: nothing for the number 2, x for 3x."""
+    if formula.is_Add:
+        for term in formula.args:
+            yield from terms(term)
+        return
+    others = [factor for factor in (formula.args if formula.is_Mul else [formula]) if not is_rational(factor)]
+    if len(others) == 1 and others[0].is_Add:
+        yield from terms(others[0])
+    else:
+        yield frozenset(Counter(others).items())
+
+
+def factors(formula, exponent=1):
+    """The bases of a product; of numbers, other than 1 and -1, only whether they multiply or divide."""
+    if formula.is_Mul:
+        for factor in formula.args:
+            yield from factors(factor, exponent)
+    elif formula.is_Pow and formula.args[1].is_Integer:
+        yield from factors(formula.args[0], exponent * (1 if formula.args[1] > 0 else -1))
+    elif formula.is_Rational:
+        if abs(formula.p) != 1:
+            yield exponent
+        if formula.q != 1:
+            yield -exponent
+    elif formula.is_Symbol:
+        yield formula
+
+
+def is_rational(formula) -> bool:
+    return formula.is_Rational or (formula.is_Pow and formula.args[0].is_Rational and formula.args[1].is_Integer)
+
+
+# ---------------------------------------------------------------- math: equality
+
+
 @lru_cache(256)
 def parse_formula(latex: str) -> list:
     """What math-verify compares: an expression of sympy, then the text. Empty if it cannot be read."""
     import math_verify  # half a second; only workers need it
+    from latex2sympy2_extended import NormalizationConfig
 
-    # What it cannot read: line ends, a full stop, 5,\!525, \$5 and \frac \pi 4 (TeX takes one command for an argument).
-    latex = " ".join(latex.split()).rstrip(". ")
-    latex = re.sub(r",?\\!|\\\$", "", latex)
-    latex = re.sub(r"\\frac\s*(\\[a-zA-Z]+)", r"\\frac{\1}", latex)
-    latex = re.sub(r"√(\w+)", r"\\sqrt{\1}", latex)
-    latex = latex.replace("°", r"^\circ").replace(r"\,", "")
+    if FUNCTIONS["trigonometry"].search(latex):
+        latex = re.sub(r"([0-9.]+)\^\\circ", r"(\1\\cdot\\frac{\\pi}{180})", latex)  # which latex2sympy drops
+    # normalize_latex takes the letters m, s, t, d, ab and others at the end for units: 4ab would be 4
+    normalization = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     # As LaTeX only: its other reader would take a number out of the middle of what is no formula. Timed from outside.
-    parsed = math_verify.parse(f"${latex}$", [math_verify.LatexExtractionConfig()], parsing_timeout=None)
+    config = math_verify.LatexExtractionConfig(normalization_config=normalization)
+    parsed = math_verify.parse(f"${latex}$", [config], parsing_timeout=None)
     return parsed if len(parsed) > 1 else []
 
 
-def gold_formula(ground_truth) -> list:
-    """A ground truth as math-verify has it: a formula, in dollars or not, or a solution. Raises ValueError."""
-    text = as_text(ground_truth)
+class Gold(NamedTuple):
+    """A ground truth taken apart."""
+
+    latex: str  # all of it
+    value: str  # without what follows
+    formula: list  # the value as math-verify has it
+    unit: str
+    base: str
+    choice: str
+
+
+def gold_formula(ground_truth) -> Gold:
+    """A ground truth, which is a formula, in dollars or not, or a solution. Raises ValueError if it cannot be read."""
+    text = as_latex(as_text(ground_truth))
     if re.search(r"\\boxed|(?<!\\)\$", text):  # a solution, or a formula in dollars
         text = last_formula(text) or ""
-    text = text.strip()
-    formula = parse_formula(text) if text else []
+    latex = tidy(text)
+    value, choice = without_choice(latex)
+    sides = split(value, EQUALS)
+    if len(sides) == 2 and NAME_OF_GOLD.fullmatch(sides[0]):
+        value = sides[1]
+    value, base = without_base(value or latex)
+    value, unit = without_unit(value, may_be_letter=False)
+    formula = parse_formula(value)
+    if not formula and clock(latex):
+        formula = [latex]  # compared as a time
     if not formula:
         raise ValueError(f"math-verify cannot read {ground_truth!r}")
-    return formula
+    return Gold(latex, value, formula, unit, base, choice)
 
 
-UNEVALUATED = re.compile(
-    r"\\(?:sum|int|prod|lim|max|min|gcd|lcm|det|d?binom|[bp]mod)(?![a-zA-Z])|vmatrix|frac\{d\}\{d[a-z]\}|(?<!\\)!|"
-    r"operatorname\{(?:lcm|gcd|max|min)\}"
+NAME_OF_GOLD = re.compile(  # no variable alone: y = 2x + 3 is an equation
+    r"\\text\{[^{}]*\}|m?\\angle.*|\\overline\{[A-Z]*\}|\([a-z, ]*\)|[a-zA-Z]_(?:\{[^{}]*\}|\w)|[a-zA-Z]\([^()]*\)"
 )
-NUMERIC = re.compile(r"-?[0-9.,\s]+")
-ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[+*-]|\\cdot|\\times|\\div)\s*[0-9({\\]")
-VARIABLE = re.compile(r"\W*\\?[a-zA-Z]\w*(?:\([a-zA-Z]\))?\W*")  # x, \theta, f(x)
-WORDS = re.compile(r"\\text\w*\{[^}]*(?:[0-9=,]|\b(?:or|not|and)\b)")
-
-
-def is_no_answer(answer: str, gold: str) -> bool:
-    """What math-verify would take for an answer: several answers, of which it takes one, or the question, which it
-    works out. Each only where the gold formula is not of that kind itself."""
-    if r"\boxed" in answer:
-        return True  # a box in a box
-    if "=" not in gold:
-        parts = re.split(r"[,;]|\\text|\\quad|\band\b|\bor\b", answer)
-        if any(part.count("=") > 1 for part in parts):
-            return True  # a chain: x=4=5
-        relation = re.match(r"(.*?)(?:=|\\equiv|\\approx|\\ne)", answer)
-        if relation and not VARIABLE.fullmatch(relation[1]):
-            return True  # 5=7
-    if WORDS.search(answer) and not re.search(r",|\\cup|\band\b|\bor\b|\\pm|\\text", gold):
-        return True  # 5\text{ or 7}
-    if re.search(r"_\{?(?!10\b)[0-9]", answer) and not re.search("_|[a-zA-Z]", gold):
-        return True  # 5_7
-    if UNEVALUATED.search(answer) and not UNEVALUATED.search(gold):
-        return True  # \sum_{k=1}^{10} k
-    return bool(NUMERIC.fullmatch(gold) and ARITHMETIC.search(answer))  # 123\cdot 456
+RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
 
 
 @verifier("math", gold=gold_formula)
 def equal_formulas(completion, gold):
     """Hendrycks et al. 2021 (arXiv 2103.03874): the answer is equal to the gold formula in the eyes of math-verify."""
-    import math_verify
-
-    answer = last_formula(completion)
+    answer = last_formula(as_latex(completion[-TAIL:]))
     if answer is None:
         return Verdict(0.0, "unparsed")
-    wrapped = r"boxed|text" if NUMERIC.fullmatch(gold[-1]) else "boxed"
-    answer = re.sub(rf"^\\(?:{wrapped})\{{([^{{}}]*)\}}$|^\\approx", r"\1", answer).strip()
-    if is_no_answer(answer, gold[-1]):
-        return False, answer
-    formula = parse_formula(answer)
+    right = is_right(tidy(answer), gold)
+    return Verdict(0.0, "unparsed", answer) if right is None else (right, answer)
+
+
+def is_right(latex: str, gold: Gold) -> bool | None:
+    """Whether an answer, as LaTeX, is equal to the gold formula. None if it cannot be read."""
+    if r"\boxed" in latex:
+        return False  # a box in a box
+    if latex == gold.latex or gold.latex.startswith(r"\text") and spelled(latex) == spelled(gold.latex):
+        return True
+    if clock(gold.latex):
+        if clock(latex):
+            pairs = zip(clock(latex), clock(gold.latex), strict=True)
+            return all(ours == theirs or "" in (ours, theirs) for ours, theirs in pairs)
+        if "m" in spelled(gold.latex):
+            return False
+    value, choice = without_choice(latex)
+    if choice and gold.choice and (choice != gold.choice or not value or gold.value == gold.latex):
+        return choice == gold.choice
+    if not value or re.search("[A-Z]", gold.value):
+        value = latex  # the letter is the value
+    return has_value(value, gold)
+
+
+def spelled(latex: str) -> str:
+    """The letters and digits, whatever spacing and case."""
+    return re.sub(r"\\text|[{}() ]", "", latex).casefold()
+
+
+def has_value(latex: str, gold: Gold) -> bool | None:
+    """Whether an answer is equal to the gold value: each side of it, if it is a chain of equations."""
+    if is_continuous(gold.formula[0]) and RELATION.search(latex):
+        return is_solution_set(latex, gold)
+    parts = [part for part in split(latex, LIST) if part]
+    if "=" in gold.value:
+        if len(parts) > 1 or latex.count("=") < 2:
+            return is_equal(latex, gold)
+        right_side = split(gold.value, EQUALS)[-1]  # x = 2 + 3 = 5
+        gold = gold._replace(value=right_side, formula=parse_formula(right_side))
+    if len(parts) > 1:
+        sides = [values(part) for part in parts]
+        return all(len(part) == 1 for part in sides) and has_measure(",".join(part[0] for part in sides), gold)
+    exact, *rounded = split(latex, APPROXIMATELY)
+    *others, side = values(exact)
+    if not rounded:
+        return all(is_equal(other, gold) for other in others) and has_measure(side, gold)
+    if not side or is_name(side):
+        return len(rounded) == 1 and has_measure(rounded[0], gold)
+    agree = len(rounded) == 1 and not others and rounds_to(side, rounded[0])  # \sqrt{2} \approx 1.414
+    return agree and bool(has_measure(side, gold) or has_measure(rounded[0], gold))
+
+
+def has_measure(latex: str, gold: Gold) -> bool | None:
+    """Whether the value of an answer is equal, and its base and unit are none but the gold's."""
+    value, base = without_base(latex)
+    if base and base != (gold.base or "10"):
+        return False
+    if gold.base:
+        return re.sub("[, ]", "", value) == gold.value
+    value, unit = without_unit(value, may_be_letter=not LETTER.search(gold.value))
+    if other_unit(unit, gold.unit) or is_task(value, gold.value):
+        return False
+    right = is_equal(value, gold)
+    if right and value != gold.value and is_undone(parse_formula(value)[0]) and not is_undone(gold.formula[0]):
+        return False
+    return right
+
+
+def is_equal(latex: str, gold: Gold) -> bool | None:
+    """Whether a formula is equal to the gold value. None if it cannot be read."""
+    import math_verify
+
+    formula = parse_formula(latex)
     if not formula:
-        return Verdict(0.0, "unparsed", answer)
-    return math_verify.verify(gold, formula, timeout_seconds=None), answer
+        return None
+    if not math_verify.verify(gold.formula, formula, timeout_seconds=None):
+        return False
+    return not differs(formula[0], gold.formula[0])
+
+
+def differs(one, other) -> bool:
+    """Whether two numbers differ by more than a part in a million: verify rounds to six decimals, which makes 0 of
+    0.0000001, and its evalf(chop=True) does the same with what is smaller yet."""
+    if "%" in str((one, other)) or not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
+        return False
+    try:
+        one, other = complex(one), complex(other)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return abs(one - other) > 2e-6 * abs(other)
+
+
+def rounds_to(exact: str, rounded: str) -> bool:
+    """Whether a number is what another one is rounded to."""
+    formula = parse_formula(exact)
+    digits = re.fullmatch(r"-?[0-9]+(?:\.([0-9]+))?", rounded)
+    try:
+        return bool(digits) and abs(float(formula[0]) - float(rounded)) <= 0.500001 * 10 ** -len(digits[1] or "")
+    except (IndexError, TypeError, ValueError, OverflowError):
+        return False
+
+
+def is_continuous(formula) -> bool:
+    """Whether it is an interval, or a set made of intervals."""
+    import sympy
+
+    return isinstance(formula, sympy.Set) and not isinstance(formula, sympy.FiniteSet)
+
+
+def is_solution_set(latex: str, gold: Gold) -> bool | None:
+    """Whether inequalities, joined by "or" and "and", say the same as the gold set."""
+    import math_verify
+    import sympy
+    from math_verify.grader import unwrap_fcs
+
+    alternatives = []
+    for alternative in split(latex, r"\\text\{ *or *\}|\bor\b|\\lor(?![a-zA-Z])|\\cup(?![a-zA-Z])"):
+        conditions = [parse_formula(one) for one in split(alternative, r"\\text\{ *and *\}|\band\b|\\land(?![a-zA-Z])")]
+        if not all(conditions):
+            return None
+        if not all(is_solved(condition[0]) for condition in conditions):
+            return False
+        try:
+            alternatives.append(sympy.Intersection(*[unwrap_fcs(condition[0]).as_set() for condition in conditions]))
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
+            return False
+    return math_verify.verify(gold.formula, [sympy.Union(*alternatives)], timeout_seconds=None)
+
+
+def is_solved(relation) -> bool:
+    """Whether it is an inequality with a variable alone on a side, and none on the others."""
+    from latex2sympy2_extended.logic import And
+
+    if isinstance(relation, And):
+        return all(is_solved(part) for part in relation.args)
+    variables = [side for side in relation.args if side.free_symbols]
+    return relation.is_Relational and len(variables) == 1 and variables[0].is_Symbol
