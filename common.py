@@ -248,6 +248,12 @@ class Rows:
         entry = self.table[int(i)]
         return f"{self.sources[entry['source']]}, row {entry['row']}"
 
+    def keep(self, indices):
+        """Leaves out all rows but those at `indices`, in place. The fingerprint stays that of all."""
+        self.table = self.table.select(indices)
+        self.lengths = self.lengths[indices]
+        self.trained = self.trained[indices]
+
     def sequences(self, indices):
         """[(input_ids (L,), trained (L,) bool), ...] of the rows at `indices`. A pair is two: chosen, then rejected."""
         columns = ["input_ids", "trained"]
@@ -459,18 +465,24 @@ class PromptEncoder(Encoder):
 
     A last assistant turn is left out of the prompt. `max_length` is that of prompts, and longer ones are dropped: a
     truncated question is another one. `overlong` is not used. Any template that renders a prompt will do.
+
+    Args:
+        make_job: (row, messages of the prompt) → a JSON-able list, what judges answers; picklable, with a `key`. By
+            default `row_job`. rewards.environment.RowJobs is one that also reads flags.
     """
 
     features = {**Encoder.features, "job": datasets.Value("string")}
     needs_mask = False
 
+    def __init__(self, chat, vocab_size, max_length, overlong, make_job=None):
+        super().__init__(chat, vocab_size, max_length, overlong)
+        self.make_job = make_job or row_job
+        self.key = json.dumps([self.key, getattr(make_job, "key", None)])
+
     def __call__(self, row):
         """Raises ValueError and Skip."""
         refuse_media(row)
         messages = read_conversation(row, needs_answer=False)
-        for field in ("dataset", "ground_truth"):
-            if row.get(field) is None:
-                raise ValueError(f"no field {field!r}; {_columns(row)}")
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages or messages[-1]["role"] in ("system", "developer", "assistant"):
@@ -480,10 +492,18 @@ class PromptEncoder(Encoder):
         if len(ids) > self.max_length:
             raise Skip(TOO_LONG)
         try:
-            job = json.dumps([row["dataset"], row["ground_truth"], row.get("weights")])
+            job = json.dumps(self.make_job(row, messages))
         except TypeError as error:  # columns of dates and bytes
             raise ValueError(f"dataset, ground_truth or weights: {error}") from None
         return {"input_ids": ids, "trained": [False] * len(ids), "job": job, "notes": []}
+
+
+def row_job(row, messages=None):
+    """[dataset, ground_truth, weights or None] of a row. Raises ValueError if one of the first two is missing."""
+    for field in ("dataset", "ground_truth"):
+        if row.get(field) is None:
+            raise ValueError(f"no field {field!r}; {_columns(row)}")
+    return [row["dataset"], row["ground_truth"], row.get("weights")]
 
 
 def encode_conversation(encoder, messages, row, last_turn_only=False):

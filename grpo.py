@@ -1,8 +1,9 @@
 """Group relative policy optimisation with verifiable rewards: sample, judge, and make the better answers likelier.
 
-For a prompt x the policy samples a group of G completions y, and verifiers give each a reward r, from 0 to 1 (with
---no_eos_score, one without end token gets that instead). The advantage of a completion is how much its reward exceeds
-the group's mean. It is the advantage A_t of all its tokens:
+For a prompt x the policy samples a group of G completions y, and verifiers give each a reward r, from 0 to 1. With
+--reward_model_coef, that times a reward model's score is added; with --no_eos_score, a completion without end token
+gets that instead; one that could not be judged leaves its group. The advantage of a completion is how much its reward
+exceeds the group's mean. It is the advantage A_t of all its tokens:
 
     A_i = r_i - mean_j r_j                     A_t = A_i for the tokens y_t of completion i                      (1)
     ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                                                                (2)
@@ -75,18 +76,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
 import kernels.attention  # noqa: F401  (registers the attention functions that --attn names)
 from kernels.head import linear_logprobs
-from rewards.environment import JudgedCompletion, Rollouts, differ, flatten, rewards_differ, rollout_metrics
+from rewards.environment import JudgedCompletion, Rollouts, RowJobs, differ, flatten, rewards_differ, rollout_metrics
 
 
 @dataclass
 class Args:
     # the algorithm
     no_eos_score: float | None = None  # score of a completion without end token; None: scored like the others
+    reward_model: str | None = None  # folder or Hub id of a reward model; needs --reward_model_coef
+    reward_model_coef: float = 0.0  # adds this times the score by --reward_model (ppo_rlvr.py: --value_model as loaded)
     group_size: int = 8  # G, completions sampled for each prompt
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     normalize_std: bool = False  # divide advantages by the standard deviation of the group's rewards
@@ -117,10 +120,16 @@ class Args:
     inflight: int = 0  # prompts begun beyond a batch; what is unfinished when a batch is full goes on in the next step
     max_staleness: int = 4  # with --inflight: a step does wait for what was begun so many steps ago
     max_logprob_gap: float | None = None  # most |sampler's - trainer's log π| in a first step; None: 1e-3, 1.0 in bf16
+    rewards: list[str] = field(default_factory=list)  # files or modules of yours that define verifiers: my_rewards.py
+    verifier: list[str] = field(default_factory=list)
+    """NAME[:WEIGHT] of the verifiers of all rows; by default a row's column `dataset` names them, or if it has none, it
+    is judged by all that --rewards defines"""
+    audit: bool = True  # leave out code rows whose tests a program that does nothing passes, or their solution fails
     verifier_workers: int | None = None  # processes of each rank that judge; by default its share of the cores
     sandbox: Literal["full", "weak"] = "full"  # for model-written code; weak: without what this Linux lacks
     eval_samples: int = 1  # completions of each held-out prompt, for pass@k
     eval_temperature: float = 1.0  # of held-out completions; 0 takes the likeliest token
+    pass_threshold: float = 1.0  # share of the highest reward with which a held-out completion passes, for pass@k
     log_samples: int = 8  # completions of each step that are written to samples.jsonl
 
     # the run: every script has these
@@ -168,6 +177,7 @@ class Sample(JudgedCompletion):  # has reward, ended, behaviour_logprobs (N,), a
 
     old_logprobs: np.ndarray | None = None  # (N,) log π_old
     ref_logprobs: np.ndarray | None = None  # (N,) log π_ref
+    rm_scores: np.ndarray | None = None  # (N,) by the reward model, if any; the last is that of the completion
     advantages: float | None = None  # A_i; packing repeats it for each of the N tokens
     loss_weight: float = 0.0  # of each of its tokens in the sum of (4): 1 / Σ_t 1
 
@@ -179,7 +189,14 @@ def completion_reward(args, sample):
     """r of a completion."""
     if args.no_eos_score is not None and not sample.ended:
         return args.no_eos_score
+    if args.reward_model_coef:
+        return sample.reward + args.reward_model_coef * sample.rm_scores[-1]
     return sample.reward
+
+
+def has_signal(args, group):
+    """Whether the rewards of a group differ. Those of a reward model always do."""
+    return len(group) > 1 if args.reward_model else rewards_differ(group)
 
 
 def set_advantages(args, group):
@@ -188,7 +205,7 @@ def set_advantages(args, group):
     advantages = rewards - rewards.mean()  # (G,)                                                                (1)
     if not differ(rewards):
         advantages[:] = 0  # exactly: equal numbers, and their mean, may be off by a rounding
-    if args.normalize_std:
+    elif args.normalize_std:
         advantages /= rewards.std(ddof=1) + 1e-4
     for sample, advantage in zip(group, advantages, strict=True):
         sample.advantages = advantage
@@ -251,7 +268,8 @@ def main(args):
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
     day = on_rank0(lambda: common.start_date(args.out))  # for templates that print it: a run keeps that of its start
     chat = common.ChatFormat(tokenizer, args.content_tokens, day)
-    encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop")
+    jobs = RowJobs(args.rewards, args.verifier, args.audit)  # who judges a row
+    encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop", jobs)
     rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
     total_rows = math.ceil(args.epochs * len(rows))  # prompts of the run; active sampling takes more of the data
     num_steps = math.ceil(total_rows / args.batch_size)
@@ -263,6 +281,7 @@ def main(args):
     rollouts = Rollouts(args, chat, rows, eval_rows, Sample, run.signals)
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
     reference = weights_on_host(policy) if args.kl_beta else None  # π_ref: before run.resume loads other weights
+    reward_model = load_reward_model(args, config, chat, device, mesh) if args.reward_model else None
     rollouts.make_sampler(config, device)  # after the models, because it looks how much memory is left
     optimizer = make_optimizer(args, policy)
     rollouts.load_state_dicts(run.resume(policy, optimizer))
@@ -281,15 +300,18 @@ def main(args):
         # rounding. All ranks get the same: `groups` to learn from, and all that were `sampled`.
         state_before = rollouts.state_dict()
         rollouts.sync(policy)
-        groups, sampled = rollouts.sample_batch(step, rewards_differ, args.active_sampling)
+        groups, sampled = rollouts.sample_batch(step, functools.partial(has_signal, args), args.active_sampling)
         if run.is_stopping():  # the rollout is given up; the same command makes it again
             run.leave(step, policy, optimizer, state_before)  # exits
         rollout_seconds = run.speed(0)["seconds"]
 
         # What the loss needs to know of each token: A, 1 / Σ_t 1 and, where needed, log π_old and log π_ref.
+        samples = flatten(groups)
+        if reward_model:
+            # A score stands at the token itself, and is read one position before it: there the token is predicted.
+            annotate(args, samples, "rm_scores", lambda microbatch: reward_model(microbatch).roll(-1), device)
         for group in groups:
             set_advantages(args, group)
-        samples = flatten(groups)
         minibatches = [flatten(part) for part in split(groups, args.minibatches)]  # lists of samples
         for minibatch in minibatches:
             set_loss_weights(args, minibatch)
@@ -338,6 +360,8 @@ def main(args):
         entry.update(mean_of_updates(updates))
         entry.update(run.speed(sum(len(sample.input_ids) for sample in flatten(sampled))))
         entry["rollout_seconds"] = rollout_seconds
+        if reward_model and samples:
+            entry["rm_score"] = float(np.mean([sample.rm_scores[-1] for sample in samples]))
         rollouts.write(step + 1, sampled)
         if run.is_eval_due(step + 1):
             entry.update(rollouts.evaluate(policy, eval_rows, step + 1))
@@ -358,12 +382,15 @@ def check_flags(args):
     ranges = {
         "group_size": (2, most),  # one has nothing to be compared with
         **dict.fromkeys(("passes", "slots", "max_staleness", "verifier_workers", "eval_samples"), (1, most)),
-        **dict.fromkeys(("active_sampling", "tis_cap", "kl_beta"), (0, most)),
+        **dict.fromkeys(("reward_model_coef", "active_sampling", "tis_cap", "kl_beta"), (0, most)),
         **dict.fromkeys(("inflight", "eval_temperature", "log_samples"), (0, most)),
         "minibatches": (1, args.batch_size), "max_new_tokens": (1, args.max_length - 1),
-        "clip_low": (0, 1), "solved": (0, 1),
+        "clip_low": (0, 1), "solved": (0, 1), "pass_threshold": (0, 1),
     }  # fmt: skip
-    common.check_ranges(args, ranges, {"temperature", "clip_low", "clip_high", "solved", "max_logprob_gap"})
+    above_zero = {"temperature", "clip_low", "clip_high", "solved", "pass_threshold", "max_logprob_gap"}
+    common.check_ranges(args, ranges, above_zero)
+    if bool(args.reward_model) != bool(args.reward_model_coef):
+        raise common.RunError("--reward_model and --reward_model_coef go together: the folder, and a factor above 0")
     if "" in args.stop_strings:
         raise common.RunError("--stop_strings has an empty string, which every completion has")
 
@@ -443,6 +470,33 @@ def mean_of_updates(updates):
         means[name] = total / (len(updates) if is_of_update else tokens)
     del means["trained_tokens"]
     return means
+
+
+class RewardScores(torch.nn.Module):
+    """A reward model that maps a packed microbatch to scores: at each token, that of its sequence up to it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, microbatch):
+        hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
+        head = self.model.score.weight[0]  # (H,)
+        return hidden.float() @ head.float()  # (T,) in float32 also where hidden states are bf16
+
+
+def load_reward_model(args, policy_config, chat, device, mesh):
+    """The model of --reward_model. Raises RunError if it is no reward model, or has another vocabulary than --model."""
+    args = dataclasses.replace(args, model=args.reward_model)
+    config = common.load_config(args)
+    vocabulary = common.load_tokenizer(args.model, "chatml").get_vocab()  # its own template plays no part
+    if config.vocab_size != policy_config.vocab_size or vocabulary != chat.tokenizer.get_vocab():
+        raise common.RunError(f"--reward_model {args.model} has another vocabulary than --model")
+    if "ForSequenceClassification" not in str(config.architectures):
+        raise common.RunError(f"--reward_model {args.model} is no reward model: reward_model.py trains one")
+    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off, as in the policy
+    config.num_labels = 1
+    return load_model(args, config, AutoModelForSequenceClassification, RewardScores, device, mesh)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

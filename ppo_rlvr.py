@@ -76,7 +76,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 import kernels.attention  # noqa: F401  (registers the attention functions that --attn names)
 from kernels.head import linear_logprobs
-from rewards.environment import JudgedCompletion, Rollouts, flatten, rollout_metrics
+from rewards.environment import JudgedCompletion, Rollouts, RowJobs, flatten, rollout_metrics
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Args:
     gae_lambda: float = 0.95  # λ of equation (1)
     reward_scale: float = 10.0  # the score of a completion is this times its reward by the verifiers
     no_eos_score: float | None = -10.0  # score of a completion without end token; None: scored like the others
-    reward_model_coef: float = 0.0  # adds this times the score by --value_model as loaded, a reward model
+    reward_model_coef: float = 0.0  # adds this times the score by --reward_model (ppo_rlvr.py: --value_model as loaded)
     group_size: int = 1  # G, completions sampled for each prompt
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     clip_low: float = 0.2  # ε_low of equation (4)
@@ -123,10 +123,16 @@ class Args:
     inflight: int = 0  # prompts begun beyond a batch; what is unfinished when a batch is full goes on in the next step
     max_staleness: int = 4  # with --inflight: a step does wait for what was begun so many steps ago
     max_logprob_gap: float | None = None  # most |sampler's - trainer's log π| in a first step; None: 1e-3, 1.0 in bf16
+    rewards: list[str] = field(default_factory=list)  # files or modules of yours that define verifiers: my_rewards.py
+    verifier: list[str] = field(default_factory=list)
+    """NAME[:WEIGHT] of the verifiers of all rows; by default a row's column `dataset` names them, or if it has none, it
+    is judged by all that --rewards defines"""
+    audit: bool = True  # leave out code rows whose tests a program that does nothing passes, or their solution fails
     verifier_workers: int | None = None  # processes of each rank that judge; by default its share of the cores
     sandbox: Literal["full", "weak"] = "full"  # for model-written code; weak: without what this Linux lacks
     eval_samples: int = 1  # completions of each held-out prompt, for pass@k
     eval_temperature: float = 1.0  # of held-out completions; 0 takes the likeliest token
+    pass_threshold: float = 1.0  # share of the highest reward with which a held-out completion passes, for pass@k
     log_samples: int = 8  # completions of each step that are written to samples.jsonl
 
     # the run: every script has these
@@ -306,7 +312,8 @@ def main(args):
     chat = common.ChatFormat(tokenizer, args.content_tokens, day)
     value_args = dataclasses.replace(args, model=args.value_model or args.model, lr=args.value_lr)
     value_config = load_value_config(value_args, config, chat)
-    encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop")
+    jobs = RowJobs(args.rewards, args.verifier, args.audit)  # who judges a row
+    encode = common.PromptEncoder(chat, config.vocab_size, args.max_length - args.max_new_tokens, "drop", jobs)
     rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
     total_rows = math.ceil(args.epochs * len(rows))  # prompts of the whole run
     num_steps = math.ceil(total_rows / args.batch_size)
@@ -439,10 +446,10 @@ def check_flags(args):
         **dict.fromkeys(("reward_model_coef", "tis_cap", "kl_beta"), (0, most)),
         **dict.fromkeys(("inflight", "eval_temperature", "log_samples"), (0, most)),
         "minibatches": (1, args.batch_size), "max_new_tokens": (1, args.max_length - 1),
-        "clip_low": (0, 1), "solved": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1),
+        "clip_low": (0, 1), "solved": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "pass_threshold": (0, 1),
     }  # fmt: skip
-    above_zero = {"reward_scale", "temperature", "clip_low", "clip_high", "solved", "max_logprob_gap"}
-    common.check_ranges(args, ranges, above_zero)
+    above_zero = {"temperature", "clip_low", "clip_high", "solved", "pass_threshold", "max_logprob_gap"}
+    common.check_ranges(args, ranges, {"reward_scale", *above_zero})
     if "" in args.stop_strings:
         raise common.RunError("--stop_strings has an empty string, which every completion has")
 

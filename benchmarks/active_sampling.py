@@ -10,6 +10,7 @@ Each round waits for its own longest completion, so rounds are what a step's tim
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,17 @@ sys.path.insert(0, str(ROOT))
 from rewards.environment import Rollouts  # noqa: E402
 
 BATCH, ROUNDS, STEPS = 64, 8, 2000
+
+
+class Coin(NamedTuple):
+    """What stands for a group's completions."""
+
+    has_signal: bool
+    is_judged: bool = True
+
+
+def has_signal(group):
+    return group[0].has_signal
 
 
 class Coins(Rollouts):
@@ -34,7 +46,7 @@ class Coins(Rollouts):
         self.without_signal = without_signal
 
     def sample(self, step, missing):
-        return (self.rng.random(missing) >= self.without_signal).tolist()
+        return [[Coin(flip)] for flip in self.rng.random(missing) >= self.without_signal]
 
     def _say_what_is_missing(self, *_):
         pass
@@ -58,7 +70,7 @@ def by_share(rng, without_signal):
     rollouts = Coins(rng, without_signal)
     steps = []
     for step in range(STEPS):
-        groups, sampled = rollouts.sample_batch(step, bool, ROUNDS)
+        groups, sampled = rollouts.sample_batch(step, has_signal, ROUNDS)
         steps.append((len(groups), len(sampled), rollouts.rounds, len(rollouts.surplus)))
     return np.array(steps)
 

@@ -20,4 +20,7 @@ class Args:
 def completion_reward(args, sample):
     """r_i less the penalty for its length."""
     over = sample.trained.sum() - (args.max_new_tokens - args.overlong_buffer)  # tokens beyond M - B
-    return sample.reward - max(0, over) / args.overlong_buffer
+    reward = sample.reward - max(0, over) / args.overlong_buffer
+    if args.reward_model_coef:
+        reward += args.reward_model_coef * sample.rm_scores[-1]
+    return reward

@@ -76,6 +76,7 @@ class SamplingParams:
         find_end: ends a completion by more than its last token. Called at each look of the host with what was sampled
             so far, (T,) ids, and how many of these it had been called with before; returns after how many of them the
             completion ends, or None. It has to find the same end however often it is called.
+        on_end: called with each Completion that has ended or was cut off, while others are still being sampled.
         max_staleness: with `enough` of Sampler.sample: a prompt that was begun so many steps ago is waited for.
 
     Raises:
@@ -87,6 +88,7 @@ class SamplingParams:
     temperature: float = 1.0
     seed: int = 0
     find_end: Callable | None = None
+    on_end: Callable | None = None
     max_staleness: int | None = None
 
     def __post_init__(self):
@@ -275,6 +277,8 @@ class Sampler:
                 self._cut(params.find_end)
             for completion in self._collect(only_done=True):
                 bar.update()
+                if params.on_end is not None:
+                    params.on_end(completion)
                 key = completion.step, completion.index
                 unfinished[key] -= 1
                 if unfinished[key] == 0:

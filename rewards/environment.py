@@ -1,5 +1,6 @@
 """The environment of reinforcement learning: prompts in, judged groups of completions out. What Gym is to CleanRL.
 
+    jobs = RowJobs(args.rewards, args.verifier, args.audit)                    who judges a row, for PromptEncoder
     rollouts = Rollouts(args, chat, rows, eval_rows, Sample, run.signals)      starts the verifiers, checks every row
     rollouts.make_sampler(config, device)
     rollouts.sync(policy)                                                      copies the weights, after every update
@@ -7,6 +8,9 @@
 
 Each rank samples and judges a share of the prompts, without waiting for the others; then every rank gets the groups of
 all. What is learned from them (advantages, losses, updates) is the scripts' business.
+
+A completion is judged as soon as it ends, while others are still being sampled. One that could not be judged (its
+reward is NaN) is counted and logged, and leaves its group: nothing is learned from it, and no mean contains it.
 
 Prompts come from a *stream*: the rows of the data, shuffled anew in each epoch (`common.stream`). A *position* in it
 names a prompt, and what is sampled for a position is a function of (seed, step, position, number of the sample), so
@@ -16,9 +20,13 @@ Shapes:  L tokens of a sample, of which the last N are its completion.
 """
 
 import dataclasses
+import hashlib
+import inspect
 import itertools
 import json
 import math
+import traceback
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +38,10 @@ from tqdm import tqdm
 
 import common
 from kernels.sampler import Sampler, SamplingParams
-from rewards.jobs import GATE, failure_rates, split_job
+from rewards.audit import audit, reference, report
+from rewards.jobs import GATE, failure_rates, read_weight, split_job
 from rewards.pool import Pool
-from rewards.verifiers import Verdict
+from rewards.verifiers import VERIFIERS, Verdict, load, registered_name
 
 PATIENCE = timedelta(minutes=30)  # with a process that does not come to a meeting of all
 ROUNDING = 1e-6  # rewards no further apart are equal: 0.1 + 0.2 and 0.3
@@ -53,8 +62,18 @@ class JudgedCompletion:
     behaviour_logprobs: np.ndarray  # (N,) of its tokens when they were sampled, temperature included
     ended: bool  # with an end token or a stop string; otherwise it was cut off
     text: str
-    reward: float
+    reward: float  # NaN if it could not be judged
     verdict: Verdict
+    highest: float = 1.0  # reward that its verifiers can give
+
+    @property
+    def is_judged(self):
+        """Whether there is a reward."""
+        return not math.isnan(self.reward)
+
+    def passes(self, threshold):
+        """Whether it has earned that share of the highest reward."""
+        return self.reward >= threshold * self.highest - ROUNDING
 
     def columns(self, *names):
         """For common.pack: input_ids, trained, and of each name its numbers, 0 in the prompt; all (L,).
@@ -71,6 +90,85 @@ class JudgedCompletion:
     def to_log(self):
         """What a script adds to this sample's line in samples.jsonl: {key: value}."""
         return {}
+
+
+CONVERSATION = {"messages", "prompt", "conversations", "dataset", "ground_truth", "weights"}  # the other columns: `row`
+
+
+class RowJobs:
+    """Who judges a row, and what they want of it: [verifier, ground truth, weight, context], for common.PromptEncoder.
+
+    Every row is judged by the verifiers of `verifier`, if there are any. Otherwise its column `dataset` names them, and
+    where there is no such column all that `sources` define judge it, with a ground truth or without.
+
+    Args:
+        sources: files (.py) and modules that define verifiers; they are imported here, and in the processes that judge.
+        verifier: NAME, NAME:WEIGHT or NAME:gate of each. audit: code rows keep their reference solutions for it.
+
+    Raises:
+        RunError: a source cannot be imported or defines none, or there is no verifier of that name.
+    """
+
+    def __init__(self, sources=(), verifier=(), audit=False):
+        self.defined = list(dict.fromkeys(flatten(_load(source) for source in sources)))
+        self.chosen = [_name_and_weight(text) for text in verifier]
+        self.audit = audit
+        self.wants = {name.lower(): entry.wants for name, entry in VERIFIERS.items() if entry.wants}
+        source = hashlib.sha256(inspect.getsource(RowJobs).encode()).hexdigest()
+        self.key = json.dumps([self.defined, self.chosen, audit, self.wants, source])
+
+    def __call__(self, row, messages):
+        """Raises ValueError if nobody judges the row, or there is no ground truth for those that `dataset` names."""
+        chosen = self.chosen
+        if not chosen and row.get("dataset") is None:
+            chosen = [(name, 1.0) for name in self.defined]
+        if chosen:
+            names, weights = map(list, zip(*chosen, strict=True))
+            job = [names, [row.get("ground_truth")] * len(names), weights]
+        else:
+            job = common.row_job(row)
+            names = job[0] if isinstance(job[0], list) else [job[0]]
+        names = [str(name).lower() for name in names]
+        wanted = set(flatten(self.wants.get(name, ()) for name in names))
+        context = {}
+        if "prompt" in wanted:
+            context["prompt"] = messages
+        if "row" in wanted:
+            context["row"] = {name: value for name, value in row.items() if name not in CONVERSATION}
+        if self.audit and any(name.startswith("code") for name in names):
+            context["reference"] = reference(row)
+        return [*job, json.loads(json.dumps(context, default=str))] if context else job
+
+
+def _load(source):
+    """The names of the verifiers in a file or module, which is imported. RunError if there are none."""
+    old = dict(VERIFIERS)
+    if source.endswith(".py") and not Path(source).is_file():
+        raise common.RunError(f"--rewards {source}: there is no such file")
+    try:
+        names = load(source)
+    except (Exception, SystemExit) as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(source)]
+        line = f", line {frames[-1].lineno}" if frames else ""
+        what = f"{type(error).__name__}: {common.first_line(error)}"
+        raise common.RunError(f"--rewards {source}{line} cannot be imported: {what}") from None
+    if not names:
+        raise common.RunError(f"--rewards {source} defines no verifier: a function with the decorator @verifier(NAME)")
+    if _rank() == 0:
+        shown = [f"{name} (in place of another)" if name in old else name for name in names]
+        tqdm.write(f"--rewards {source}: {', '.join(shown)}")
+    return names
+
+
+def _name_and_weight(text):
+    """(verifier, weight) of "NAME" or "NAME:WEIGHT". RunError if there is no such verifier."""
+    name, _, weight = text.rpartition(":")
+    weight = read_weight(weight)
+    if not name or weight is None:  # a name with a colon, or without
+        name, weight = text, 1.0
+    if registered_name(name) is None:
+        raise common.RunError(f"--verifier {text}: no verifier has this name; there are {', '.join(VERIFIERS)}")
+    return registered_name(name), weight
 
 
 class StopStrings:
@@ -108,14 +206,17 @@ class Rollouts:
 
     Args:
         args: has batch_size, group_size, max_new_tokens, temperature, stop_strings, solved, inflight, max_staleness,
-            slots, max_length, seed, out, verifier_workers, sandbox, max_logprob_gap, log_samples, eval_samples,
-            eval_temperature.
+            slots, max_length, seed, out, verifier_workers, sandbox, audit, max_logprob_gap, log_samples, eval_samples,
+            eval_temperature, pass_threshold.
         chat: the common.ChatFormat. rows: common.Rows of a common.PromptEncoder. eval_rows: likewise, or None.
         sample_class: JudgedCompletion, or a dataclass made from it. signals: a list; once there is something in it,
             sampling ends early.
 
+    With --audit, code rows whose tests are worth no reward are taken out of `rows` and `eval_rows`.
+
     Raises:
-        RunError: on every rank, if a verifier does not exist or cannot use the ground truth of a row.
+        RunError: on every rank, if a verifier does not exist or cannot use the ground truth of a row, or if fewer rows
+            than a batch pass the audit.
     """
 
     def __init__(self, args, chat, rows, eval_rows=None, sample_class=JudgedCompletion, signals=()):
@@ -133,9 +234,16 @@ class Rollouts:
         self.find_end = StopStrings(chat.tokenizer, args.stop_strings) if args.stop_strings else None
         self.gloo = dist.new_group(backend="gloo") if dist.is_initialized() else None  # for _gather
         self.pool = Pool(args.verifier_workers, args.sandbox)
+        self.tickets = {}  # (step, index, sample) of a completion that has ended → its text, the pool's ticket
+        self.asks = False  # whether any row is judged by a model
+        self.judge_tokens = 0  # of this rank's judges, when they were last counted
         self._check(rows)
         if eval_rows:
             self._check(eval_rows)
+        if args.audit:
+            self._audit(rows, args.batch_size)
+        if args.audit and eval_rows:
+            self._audit(eval_rows, 1)
 
     def make_sampler(self, config, device):
         """Makes the sampler, without weights: `sync` brings them. Raises RunError if it cannot be, or has no room."""
@@ -161,11 +269,12 @@ class Rollouts:
                 then too much begins the next batch. 0: one round, and every group is kept, with a signal or without.
 
         Returns:
-            (groups, sampled): those to learn from, and all that were sampled in this step. After a signal to stop, and
-            when all prompts are solved, there may be fewer.
+            (groups, sampled): those to learn from, without the completions that could not be judged, and all that were
+            sampled in this step. A group is left out if none of it was judged. After a signal to stop, and when all
+            prompts are solved, there may be fewer.
 
         Raises:
-            RunError: no group to learn from, in the 20th step in a row.
+            RunError: not one completion was judged; or no group to learn from, in the 20th step in a row.
         """
         has_signal = has_signal or _has_reward
         size = self.args.batch_size
@@ -175,11 +284,13 @@ class Rollouts:
         while len(groups) < size and self.rounds < max(1, most_rounds) and not self._is_stopping():
             missing = size - len(groups)
             found = self.sample(step, self._how_many(missing) if most_rounds > 1 else missing)
-            with_signal = [group for group in found if has_signal(group)]
-            self._remember(len(found), len(with_signal))
+            judged = judged_only(found)
+            with_signal = [group for group in judged if has_signal(group)]
+            self._remember(len(judged), len(with_signal))
             sampled += found
-            groups = groups + (with_signal if most_rounds else found)
+            groups = groups + (with_signal if most_rounds else judged)
             self.rounds += 1
+            _fail_if_none_is_judged(found, f"step {step + 1}")
         self.surplus = groups[size:]
         groups = groups[:size]
         if not self._is_stopping():
@@ -211,6 +322,7 @@ class Rollouts:
             temperature=args.temperature,
             seed=args.seed,
             find_end=self.find_end,
+            on_end=lambda completion: self._submit(self.rows, completion, self._row(completion.index)),
             max_staleness=args.max_staleness,
         )
         completions = self.sampler.sample(
@@ -219,10 +331,10 @@ class Rollouts:
             step=step,
             indices=mine,
             enough=enough,
-            stop=lambda: bool(self.signals),
+            stop=self._look,
         )
         groups = self._judge(self.rows, completions, [self._row(c.index) for c in completions])
-        self.solved.update(group[0].row for group in groups if self._is_solved(group))
+        self.solved.update(group[0].row for group in judged_only(groups) if self._is_solved(group))
         return groups
 
     def are_all_solved(self):
@@ -245,9 +357,16 @@ class Rollouts:
             temperature=args.eval_temperature,
             seed=args.seed,
             find_end=self.find_end,
+            on_end=lambda completion: self._submit(rows, completion, completion.index),
         )
         step = -1  # its noise is no training step's
-        completions = self.sampler.sample(self._prompts(rows, mine), params, step=step, indices=mine)
+        completions = self.sampler.sample(
+            self._prompts(rows, mine),
+            params,
+            step=step,
+            indices=mine,
+            stop=self.pool.work,  # which returns None
+        )
         self.sampler.load_state_dict(waiting)
         return self._judge(rows, completions, [c.index for c in completions])
 
@@ -256,8 +375,9 @@ class Rollouts:
         self.sync(policy)
         groups = self.sample_all(rows)
         for line in self.write(done, groups, rows)[:3]:
-            tqdm.write(f"{line['reward']:6.2f} {line['reason']:9}{line['prompt'][-60:]!r} {line['completion'][:120]!r}")
-        metrics = held_out_metrics(groups)
+            reward = "  none" if line["reward"] is None else f"{line['reward']:6.2f}"
+            tqdm.write(f"{reward} {line['reason']:9}{line['prompt'][-60:]!r} {line['completion'][:120]!r}")
+        metrics = held_out_metrics(groups, self.args.pass_threshold)
         if _rank() == 0:
             low, high = metrics["eval_reward_low"], metrics["eval_reward_high"]
             tqdm.write(f"step {done}: held-out reward {metrics['eval_reward']:.3f} [{low:.3f}, {high:.3f}]")
@@ -276,7 +396,7 @@ class Rollouts:
                 "row": rows.where(sample.row),
                 "prompt": self.chat.tokenizer.decode(prompt_ids, skip_special_tokens=True),
                 "completion": sample.text,
-                "reward": sample.reward,
+                "reward": sample.reward if sample.is_judged else None,
                 "reason": sample.verdict.reason,
                 "answer": sample.verdict.answer,
                 "ended": sample.ended,
@@ -313,12 +433,17 @@ class Rollouts:
             )
 
     def counts(self):
-        """Metrics of the last step's sampling, beside those of the groups."""
-        return {
+        """Metrics of the last step's sampling, beside those of the groups. All ranks call it together."""
+        counts = {
             "solved_prompts": len(self.solved),
             "surplus_groups": len(self.surplus),
             "sampling_rounds": self.rounds,
         }
+        if self.asks:  # read and written by judges since the last step, evaluation included
+            before = self.judge_tokens
+            self.judge_tokens = self.pool.judges.tokens if self.pool.judges else 0
+            counts["judge_tokens"] = sum(self._gather([self.judge_tokens - before]))
+        return counts
 
     def state_dict(self):
         """What this rank needs to go on, as plain tensors, numbers and text."""
@@ -359,23 +484,21 @@ class Rollouts:
 
     def _judge(self, rows, completions, row_numbers):
         """The groups of all ranks, by position, from this rank's completions and the rows of their prompts."""
-        tokenizer = self.chat.tokenizer
         texts = []
-        jobs = []
+        tickets = []
         for completion, row in zip(completions, row_numbers, strict=True):
-            answer = completion.token_ids
-            if completion.ended and answer[-1] in self.sampler.eos_ids:
-                answer = answer[:-1]  # without the end token
-            text = tokenizer.decode(answer, skip_special_tokens=True)
+            if _number(completion) not in self.tickets:  # it has ended before the run was stopped
+                self._submit(rows, completion, row)
+            text, ticket = self.tickets.pop(_number(completion))
             texts.append(text)
-            # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
-            if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
-                text = "<think>" + text
-            verifier, ground_truth, weights = json.loads(rows.table["job"][row])
-            jobs.append((verifier, text, ground_truth, weights))
-        verdicts = self.pool.score(jobs)
+            tickets.append(ticket)
+        verdicts = self.pool.collect(tickets)
         samples = []
         for completion, row, text, verdict in zip(completions, row_numbers, texts, verdicts, strict=True):
+            verifier, ground_truth, weights, context = _job(rows, row)
+            parts, weights = split_job(verifier, text, ground_truth, weights, context)
+            if not verdict.parts and weights[0] not in (0, GATE):
+                verdict = verdict._replace(parts=((parts[0][0], verdict.reward / weights[0]),))
             input_ids = np.concatenate([completion.prompt_ids, completion.token_ids])
             sample = self.sample_class(
                 position=completion.index,
@@ -388,9 +511,30 @@ class Rollouts:
                 text=text,
                 reward=verdict.reward,
                 verdict=verdict,
+                highest=highest_reward(weights),
             )
             samples.append(sample)
         return _grouped(self._gather(samples), lambda sample: sample.position)
+
+    def _submit(self, rows, completion, row):
+        """Hands a completion that has ended to those who judge. `_judge` collects the verdict."""
+        tokenizer = self.chat.tokenizer
+        answer = completion.token_ids
+        if completion.ended and answer[-1] in self.sampler.eos_ids:
+            answer = answer[:-1]  # without the end token
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        judged = text
+        # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
+        if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
+            judged = "<think>" + text
+        verifier, ground_truth, weights, context = _job(rows, row)
+        ticket = self.pool.submit((verifier, judged, ground_truth, weights, context))
+        self.tickets[_number(completion)] = text, ticket
+
+    def _look(self):
+        """Called between steps of sampling: those who judge get on. Returns whether to stop."""
+        self.pool.work()
+        return bool(self.signals)
 
     def _is_stopping(self):
         """Whether any rank was sent a signal. All ranks ask together."""
@@ -427,7 +571,7 @@ class Rollouts:
             self.empty_steps = 0
             return
         self.empty_steps += 1
-        mean = np.mean([sample.reward for sample in flatten(sampled)])
+        mean = np.mean([sample.reward for sample in flatten(judged_only(sampled))])
         message = (
             f"step {step + 1}: nothing to learn from: in each of {len(sampled)} groups all rewards are the same "
             f"({mean:.3g} in the mean). Read {self.args.out}/samples.jsonl: are verifier, prompts and chat template "
@@ -442,14 +586,44 @@ class Rollouts:
         """Raises RunError, on every rank, if a verifier does not exist or cannot use the ground truth of a row."""
         mine = self._my_share(range(len(rows)))
         jobs = []
-        for job in self._my_share(rows.table["job"][:]):
-            verifier, ground_truth, weights = json.loads(job)
-            jobs.append((verifier, "", ground_truth, weights))
+        for row in mine:
+            verifier, ground_truth, weights, _ = _job(rows, row)
+            jobs.append((verifier, None, ground_truth, weights))
         problems = [(mine[i], message) for i, message in self.pool.check(jobs).items()]
         problems = sorted(self._gather(problems))
         if problems:
             row, message = problems[0]
             raise common.RunError(f"{rows.where(row)}: {message}")
+        self.asks = any(self._gather([self.asks or self.pool.judges is not None]))
+
+    def _audit(self, rows, at_least):
+        """Leaves out the rows that fail the audit, the same on every rank, and the same when the run goes on."""
+        mine = []
+        jobs = []
+        for row in self._my_share(range(len(rows))):
+            verifier, ground_truth, weights, context = _job(rows, row)
+            if "code" in str(verifier):
+                mine.append(row)
+                jobs.append((verifier, (context or {}).get("reference"), ground_truth, weights))
+        path = Path(self.args.out, "audit.json")  # {fingerprint: {row: reason}}: kept, since time limits play a part
+        known = self._gather([json.loads(path.read_text()) if path.exists() else {}])[0]
+        if rows.fingerprint in known:
+            problems = [(int(row), reason) for row, reason in known[rows.fingerprint].items()]
+        else:
+            problems = [(mine[i], reason) for i, reason in audit(self.pool, jobs).items()]
+            problems = sorted(self._gather(problems))
+        if not sum(self._gather([len(jobs)])):
+            return
+        problems = dict(problems)
+        if _rank() == 0:
+            _write_json(path, known | {rows.fingerprint: problems})
+            if problems:
+                tqdm.write(report(problems, {row: rows.where(row) for row in problems}, len(rows)))
+        left = [row for row in range(len(rows)) if row not in problems]
+        if len(left) < at_least:
+            raise common.RunError(f"only {len(left)} of {len(rows)} rows pass the audit; --no_audit takes them all")
+        if problems:
+            rows.keep(left)
 
     def _prompts(self, rows, row_numbers):
         """Their token ids."""
@@ -470,10 +644,7 @@ class Rollouts:
         """Whether the completions of a prompt have earned, in the mean, the share --solved of the most they could."""
         if self.args.solved is None:
             return False
-        verifier, ground_truth, weights = json.loads(self.rows.table["job"][group[0].row])
-        _, weights = split_job(verifier, "", ground_truth, weights)
-        most = sum(max(0, weight) for weight in weights if weight != GATE)
-        return np.mean([sample.reward for sample in group]) >= self.args.solved * most
+        return np.mean([sample.reward for sample in group]) >= self.args.solved * group[0].highest
 
     def _row(self, position):
         """The row at a position of the stream."""
@@ -504,6 +675,25 @@ def _world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _job(rows, row):
+    """(verifiers, ground truths, weights, context) of a row, each or None; see jobs.py."""
+    job = json.loads(rows.table["job"][row])
+    return (*job, None) if len(job) == 3 else tuple(job)
+
+
+def _write_json(path, value):
+    """Whole or not at all."""
+    try:
+        path.with_suffix(".tmp").write_text(json.dumps(value))
+        path.with_suffix(".tmp").rename(path)
+    except OSError as error:
+        raise common.RunError(f"writing {path} failed: {error}") from None
+
+
+def _number(completion):
+    return completion.step, completion.index, completion.sample
+
+
 def _grouped(items, key):
     """[[item, ...] of one key, ...], by key; those of one key in the order in which they came."""
     return [list(group) for _, group in itertools.groupby(sorted(items, key=key), key)]
@@ -529,9 +719,31 @@ def _has_reward(group):
     return any(sample.reward != 0 for sample in group)
 
 
+def _fail_if_none_is_judged(groups, where):
+    """Raises RunError if there are completions, and none of them was judged: nothing can be said of the policy."""
+    samples = flatten(groups)
+    if samples and not any(sample.is_judged for sample in samples):
+        reasons = Counter(sample.verdict.reason for sample in samples)
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        example = next((sample.verdict.answer for sample in samples if sample.verdict.answer), "")
+        message = f"{where}: none of {len(samples)} completions could be judged ({counts}) {example}"
+        raise common.RunError(message.strip())
+
+
 def flatten(lists):
     """[item of a list, ...]."""
     return list(itertools.chain.from_iterable(lists))
+
+
+def judged_only(groups):
+    """The groups without the completions that could not be judged; without those of which none was."""
+    groups = [[sample for sample in group if sample.is_judged] for group in groups]
+    return [group for group in groups if group]
+
+
+def highest_reward(weights):
+    """The most that verifiers with these weights can give."""
+    return sum(max(0.0, weight) for weight in weights if weight != GATE)
 
 
 def differ(numbers):
@@ -545,7 +757,10 @@ def rewards_differ(group):
 
 
 def rollout_metrics(groups, sampled, step):
-    """Metrics of the groups that are learned from in a step, and of all that were sampled in it."""
+    """Metrics of the groups that are learned from in a step, and of all that were sampled in it.
+
+    Means of rewards are over the completions that were judged; of lengths, ends and failures over all.
+    """
     samples = flatten(sampled)
     lengths = [int(sample.trained.sum()) for sample in samples]
     metrics = {"groups": len(groups), "sampled_tokens": sum(lengths)}
@@ -553,30 +768,50 @@ def rollout_metrics(groups, sampled, step):
         metrics["staleness"] = float(np.mean([step - sample.begun for sample in flatten(groups)]))
     if not sampled:  # the batch is what the steps before have left over
         return metrics
+    judged = judged_only(sampled)
     means = {
-        "reward": np.mean([sample.reward for sample in samples]),
-        "reward_std": np.mean([np.std([sample.reward for sample in group]) for group in sampled]),
-        "zero_std_groups": np.mean([not rewards_differ(group) for group in sampled]),
+        "reward": np.mean([sample.reward for sample in flatten(judged)]),
+        "reward_std": np.mean([np.std([sample.reward for sample in group]) for group in judged]),
+        "zero_std_groups": np.mean([not rewards_differ(group) for group in judged]),
         "completion_tokens": np.mean(lengths),
         "eos_rate": np.mean([sample.ended for sample in samples]),
+        "unjudged_rate": np.mean([not sample.is_judged for sample in samples]),
         **failure_rates([sample.verdict for sample in samples]),
+        **rewards_by_verifier(samples, "reward"),
     }
     metrics.update({name: float(value) for name, value in means.items()})
     return metrics
 
 
-def held_out_metrics(groups):
-    """Mean reward, with its 95 % interval over prompts, pass@1 and pass@k, of one group for each held-out prompt."""
+def rewards_by_verifier(samples, prefix):
+    """{prefix/verifier: mean of its own rewards, without weight, over the completions that it has judged}."""
+    rewards = {}
+    for sample in samples:
+        for name, reward in sample.verdict.parts:
+            if not math.isnan(reward):
+                rewards.setdefault(f"{prefix}/{name}", []).append(reward)
+    return {name: np.mean(numbers) for name, numbers in sorted(rewards.items())}
+
+
+def held_out_metrics(groups, pass_threshold=1.0):
+    """Mean reward, with its 95 % interval over prompts, pass@1 and pass@k, of one group for each held-out prompt.
+
+    A completion passes with that share of the highest reward. One that could not be judged is in none of these.
+    """
+    _fail_if_none_is_judged(groups, "evaluation")
+    k = max(len(group) for group in groups)
+    groups = judged_only(groups)
     means = np.array([np.mean([sample.reward for sample in group]) for group in groups])
     half = math.inf  # of the interval
     if len(means) > 1:
         half = 1.96 * means.std(ddof=1) / math.sqrt(len(means))
-    right = np.array([[sample.verdict.reason == "right" for sample in group] for group in groups])  # (prompts, k)
+    passes = [[sample.passes(pass_threshold) for sample in group] for group in groups]
     metrics = {
         "eval_reward": means.mean(),
         "eval_reward_low": means.mean() - half,
         "eval_reward_high": means.mean() + half,
-        "eval_pass_at_1": right.mean(),
-        f"eval_pass_at_{right.shape[1]}": right.any(axis=1).mean(),
+        "eval_pass_at_1": np.mean([np.mean(group) for group in passes]),
+        f"eval_pass_at_{k}": np.mean([np.max(group) for group in passes]),
+        **rewards_by_verifier(flatten(groups), "eval_reward"),
     }
     return {name: float(value) for name, value in metrics.items()}

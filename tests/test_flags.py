@@ -152,6 +152,9 @@ OF_RL = {
     "eval_samples": ([1, 3], [0]),
     "eval_temperature": ([0, 0.5, 1], [1e-30, -1]),
     "log_samples": ([0, 1, 4], [1000, -1]),
+    "pass_threshold": ([0.5, 1], [1e-9, 0, 2]),
+    "audit": ([True, False], [True, False]),
+    "verifier": (["exact:0.5", ("exact", "contains:2")], ["none", "exact:none"]),
     "sandbox": (["full", "weak"], ["none"]),
 }
 OWN = {

@@ -27,7 +27,15 @@ import rewards
 import sft
 from common import RunError
 from kernels.sampler import Completion, Sampler
-from rewards.environment import Rollouts, StopStrings, _plain, flatten, held_out_metrics, rollout_metrics
+from rewards.environment import (
+    Rollouts,
+    StopStrings,
+    _plain,
+    flatten,
+    held_out_metrics,
+    highest_reward,
+    rollout_metrics,
+)
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import active_sampling as simulation  # noqa: E402
@@ -364,6 +372,7 @@ OUT_OF_RANGE = {
     "clip_high": (0.0, -0.2), "tis_cap": (-1.0,), "kl_beta": (-0.1,), "minibatches": (0, -1, 5), "passes": (0, -1),
     "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "inflight": (-1,), "max_staleness": (0, -1),
     "max_logprob_gap": (0.0, -1.0), "verifier_workers": (0, -1), "eval_samples": (0, -1), "eval_temperature": (-0.1,), "log_samples": (-1,),
+    "pass_threshold": (0.0, -0.5, 1.5), "reward_model_coef": (-0.1,),
 }  # fmt: skip
 
 
@@ -384,7 +393,8 @@ def test_every_flag_of_reinforcement_learning_has_a_range():
     """But for those that every script has, which are checked for all, and those without a range."""
     shared = {field.name for field in dataclasses.fields(sft.Args)}
     own = {field.name for field in dataclasses.fields(grpo.Args)} - shared
-    assert own - OUT_OF_RANGE.keys() == {"no_eos_score", "normalize_std", "stop_strings", "sandbox"}
+    without = {"no_eos_score", "normalize_std", "stop_strings", "sandbox", "rewards", "verifier", "audit", "reward_model"}
+    assert own - OUT_OF_RANGE.keys() == without
 
 
 def impossible(folder):
@@ -440,12 +450,12 @@ def test_surplus_is_bounded_whatever_happens():
     """No signal for ten steps, then all of them: what is left over is less than what one round may ask for."""
     rollouts = simulation.Coins(np.random.default_rng(1), 1.0)
     for step in range(10):
-        groups, sampled = rollouts.sample_batch(step, bool, 8)
+        groups, sampled = rollouts.sample_batch(step, simulation.has_signal, 8)
         assert not groups and len(sampled) <= 8 * 4 * 64
     rollouts.without_signal = 0.0
     left = []
     for step in range(12):
-        groups, sampled = rollouts.sample_batch(step, bool, 8)
+        groups, sampled = rollouts.sample_batch(step, simulation.has_signal, 8)
         assert len(groups) == 64
         left.append(len(rollouts.surplus))
     assert left[0] == max(left) == 3 * 64 and left[-1] < 16
@@ -566,13 +576,16 @@ def test_a_thought_that_the_prompt_opens_is_told_to_the_verifier(start):
     tokenizer, judged = common.load_tokenizer(start["model"]), []
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("5?<think>", "5?")]
     answer = np.array(tokenizer.encode("5 it is", add_special_tokens=False))
-    completions = [SimpleNamespace(index=i, step=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False, begun=0) for i, ids in enumerate(prompts)]
+    completions = [SimpleNamespace(index=i, step=0, sample=0, prompt_ids=np.array(ids), token_ids=answer, logprobs=np.zeros(len(answer)), ended=False, begun=0) for i, ids in enumerate(prompts)]
     table = datasets.Dataset.from_dict({"job": ['["gsm8k", "5", null]'] * 2, "input_ids": prompts, "trained": [[False] * len(ids) for ids in prompts]})
     rows = common.Rows(table, ["rows"], None, None, [], "")
     args = dataclasses.replace(ARGS, verifier_workers=1)
     rollouts = Rollouts(args, SimpleNamespace(tokenizer=tokenizer), rows)
     rollouts.close()
-    rollouts.pool = SimpleNamespace(score=lambda jobs: judged.extend(jobs) or [rewards.judge(*job[:3]) for job in jobs])
+    rollouts.pool = SimpleNamespace(
+        submit=lambda job: judged.append(job) or len(judged) - 1, work=lambda: None,
+        collect=lambda tickets: [rewards.judge(*judged[ticket][:3]) for ticket in tickets],
+    )  # fmt: skip
     rollouts.sampler = SimpleNamespace(sample=lambda *_, **__: completions, state_dict=dict, load_state_dict=lambda _: None)
     found = flatten(rollouts.sample_all(rows))
     assert [job[1] for job in judged] == ["<think>5 it is", "5 it is"]
@@ -635,24 +648,25 @@ def test_what_is_solved_survives_a_stop(start, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("job", "rewards", "solved"),
+    ("weights", "rewards", "solved"),
     [
-        (["gsm8k", "5", None], [1.0] * 7 + [0.0], True),
-        (["gsm8k", "5", None], [1.0] * 6 + [0.5, 0.0], False),
-        (["gsm8k", "5", 2.0], [2.0] * 7 + [0.0], True),
-        (["gsm8k", "5", 2.0], [1.0] * 8, False),
-        ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, 1.0]], [3.0] * 7 + [0.0], True),
-        ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, 1.0]], [2.0] * 8, False),
-        ([["gsm8k", "ifeval"], ["5", "{}"], [2.0, -1.0]], [1.0] * 8, False),
-        ([["gsm8k", "format"], ["5", ""], [2.0, "gate"]], [2.0] * 7 + [0.0], True),
-        ([["gsm8k", "format"], ["5", ""], [2.0, "gate"]], [2.0] * 6 + [0.0] * 2, False),
+        ([1.0], [1.0] * 7 + [0.0], True),
+        ([1.0], [1.0] * 6 + [0.5, 0.0], False),
+        ([2.0], [2.0] * 7 + [0.0], True),
+        ([2.0], [1.0] * 8, False),
+        ([2.0, 1.0], [3.0] * 7 + [0.0], True),
+        ([2.0, 1.0], [2.0] * 8, False),
+        ([2.0, -1.0], [1.0] * 8, False),
+        ([2.0, "gate"], [2.0] * 7 + [0.0], True),
+        ([2.0, "gate"], [2.0] * 6 + [0.0] * 2, False),
     ],
 )
-def test_solved_is_a_share_of_the_highest_reward(job, rewards, solved):
+def test_solved_is_a_share_of_the_highest_reward(weights, rewards, solved):
     rollouts = Rollouts.__new__(Rollouts)
     rollouts.args = dataclasses.replace(ARGS, solved=0.875)
-    rollouts.rows = SimpleNamespace(table={"job": [json.dumps(job)]})
     group = samples(rewards, [1] * 8)
+    for sample in group:
+        sample.highest = highest_reward(weights)
     assert rollouts._is_solved(group) == solved
     rollouts.args = ARGS
     assert not rollouts._is_solved(group)

@@ -470,7 +470,7 @@ OUT_OF_RANGE = {
     "clip_low": (0.0, -0.1, 1.5), "clip_high": (0.0, -0.2), "tis_cap": (-1.0,), "kl_beta": (-0.1,), "minibatches": (0, -1, 13),
     "passes": (0, -1), "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "inflight": (-1,),
     "max_staleness": (0, -1), "max_logprob_gap": (0.0, -1.0), "verifier_workers": (0, -1), "eval_samples": (0, -1),
-    "eval_temperature": (-0.1,), "log_samples": (-1,),
+    "eval_temperature": (-0.1,), "log_samples": (-1,), "pass_threshold": (0.0, -0.5, 1.5),
 }  # fmt: skip
 
 
@@ -491,7 +491,8 @@ def test_every_flag_of_reinforcement_learning_has_a_range():
     """But for those that every script has, which are checked for all, and those without a range."""
     shared = {field.name for field in dataclasses.fields(sft.Args)}
     own = {field.name for field in dataclasses.fields(ppo_rlvr.Args)} - shared
-    assert own - OUT_OF_RANGE.keys() == {"value_model", "zero_value_head", "no_eos_score", "stop_strings", "sandbox"}
+    without = {"value_model", "zero_value_head", "no_eos_score", "stop_strings", "sandbox", "rewards", "verifier", "audit"}
+    assert own - OUT_OF_RANGE.keys() == without
 
 
 def test_no_reward_at_all_is_said_once(start, tmp_path, capfd):
