@@ -55,7 +55,7 @@ def audit(pool, jobs: list[tuple]) -> dict[int, str]:
     return dict(sorted(problems.items()))
 
 
-@verifier("code_audit", seconds=15)
+@verifier("code_audit", seconds=programs.ENOUGH)
 def looks_at_row(question, ground_truth):
     """1 if a row passes the audit; `question` is JSON of the row's verifier and its reference solution."""
     name, reference = json.loads(question)

@@ -188,8 +188,8 @@ def parse_case(number: int, case: dict) -> tuple[str, str]:
 def parse_call(number: int, case: dict) -> tuple[list, list]:
     """(arguments, results that are right).
 
-    Strings hold JSON, one argument a line. Lists hold the arguments themselves, and APPS puts most results, not all, into
-    a list of one.
+    Strings hold JSON, one argument a line. Lists hold the arguments themselves, and most of APPS' results are lists of
+    one, but not all.
     """
     given = case.get("input")
     result = case.get("output")

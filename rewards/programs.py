@@ -16,12 +16,13 @@ from rewards.program_tests import Tests, parse_tests
 from rewards.verifiers import Verdict, not_judged, verifier
 
 SECONDS = 20  # of processor time and sleep, for all tests of a program; tests that are left then have failed
+ENOUGH = SECONDS + 25  # for a verdict: the last test may take 10 s in each of two processes, and the pool waits for it
 
 
 # ---------------------------------------------------------------- the verdict
 
 
-@verifier("code", "code_stdio", gold=parse_tests, seconds=15)
+@verifier("code", "code_stdio", gold=parse_tests, seconds=ENOUGH)
 def passes_tests(completion, tests):
     """1 if the program passes all tests, or what the row asks for. What it does too slowly or fatally is wrong."""
     program = program_in(completion, tests)
@@ -42,7 +43,12 @@ def passes_tests(completion, tests):
     return Verdict(reward, "timeout" if is_late else "wrong", answer)  # a judgement: the program is to blame
 
 
-@verifier("code_share", gold=lambda ground_truth: parse_tests(ground_truth)._replace(share=True, threshold=0.0), seconds=15)
+def parse_for_share(ground_truth) -> Tests:
+    """`parse_tests`, with the share of tests passed as the reward."""
+    return parse_tests(ground_truth)._replace(share=True, threshold=0.0)
+
+
+@verifier("code_share", gold=parse_for_share, seconds=ENOUGH)
 def share_of_tests(completion, tests):
     """The share of the tests that the program passes."""
     return passes_tests(completion, tests)
@@ -145,7 +151,8 @@ def vacuous(tests: Tests) -> str | None:
         return "prints nothing" if all(not expected.strip() for _, expected in tests.cases) else None
     if tests.calls or any(is_plain_assertion(piece, tuple(tests.names)) for piece in tests.pieces):
         return None
-    passing = passing_stubs(tuple(tests.pieces), tuple(tests.names), ("raises an exception", "returns an object of no use"))
+    stubs = ("raises an exception", "returns an object of no use")
+    passing = passing_stubs(tuple(tests.pieces), tuple(tests.names), stubs)
     return passing[0] if passing else None
 
 
@@ -226,13 +233,11 @@ def code_blocks(completion: str) -> list[tuple[str, str]]:
         text = line.strip()
         marks = FENCE.match(text)
         if fence is None:
-            inline = text.find("```")
-            if not marks and inline > 0 and text.count("```") == 1:
-                marks = FENCE.match(text, inline)
-                marks = marks if marks.end() == len(text) else None
-            elif marks and text.count("```") == 2 and text.endswith("```") and marks[1] == "```" and is_python(marks[2].lower()):
-                blocks.append(("python", text[marks.end() : -3].strip() + "\n"))  # all of it in one line
+            if marks and is_python(marks[2].lower()) and text.endswith(marks[1]):  # all of it in one line
+                blocks.append(("python", text[marks.end() : -len(marks[1])].strip() + "\n"))
                 continue
+            if not marks and text.count("```") == 1:
+                marks = FENCE.fullmatch(text, text.find("```"))
             if marks:
                 fence = marks[1]
                 language = marks[2].lower()

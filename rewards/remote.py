@@ -312,7 +312,7 @@ def has_own_methods(kind: type, value) -> bool:
         return False
     for base in (int, str, float, list, tuple, dict, set, frozenset):
         if issubclass(kind, base):
-            names = set(dir(value)) - set(dir(base)) - set(getattr(kind, "_fields", ())) - {"_fields", "_asdict", "_make"}
+            names = set(dir(value)) - set(dir(base)) - set(getattr(kind, "_fields", ()))  # of a namedtuple
             return any(not name.startswith("_") for name in names)
     return False
 
@@ -461,10 +461,10 @@ def copy(value, is_deep: bool):
 
 
 FAILURES = {}  # id of an iterator → what its next item raises
+BUILTINS = "bool float int str repr format hash len iter reversed round isinstance issubclass getattr setattr delattr"
 OPERATIONS = {
     **{name: getattr(operator, name) for name in dir(operator) if name.startswith("__")},
-    **{name: getattr(builtins, name) for name in ("abs bool dir divmod float format getattr hash int isinstance").split()},
-    **{name: getattr(builtins, name) for name in ("issubclass iter len repr reversed round setattr delattr str").split()},
+    **{name: getattr(builtins, name) for name in BUILTINS.split()},
     "call": operator.call,
     "take": take,
     "plain": plain,
@@ -507,7 +507,7 @@ class Remote:
     def __eq__(self, other):
         if isinstance(other, Remote):
             return self is other or bool(self._remote_end.ask("__eq__", self, other))
-        return any(data == other for data in self._remote_end.ask("plain", self))
+        return any(data == other for data in plain_data(self))
 
     def __hash__(self):
         return self._remote_end.ask("hash", self)
@@ -603,6 +603,8 @@ def add_operators():
 
     def arithmetic(name, is_swapped):
         def method(self, other):
+            for data in [] if isinstance(other, Remote) else plain_data(self):
+                return getattr(operator, name)(*((other, data) if is_swapped else (data, other)))
             result = self._remote_end.ask(name, *((other, self) if is_swapped else (self, other)))
             return result if isinstance(other, Remote) else after_plain_data(result)
 
@@ -612,7 +614,7 @@ def add_operators():
         def method(self, other):
             if isinstance(other, Remote):
                 return bool(self._remote_end.ask(name, self, other))
-            for data in self._remote_end.ask("plain", self):
+            for data in plain_data(self):
                 return getattr(operator, name)(data, other)
             return NotImplemented
 
@@ -637,8 +639,13 @@ def add_operators():
         setattr(Remote, f"__{name}__", conversion(f"__{name}__", name))
 
 
+def plain_data(remote: Remote) -> list:
+    """[the data] of an object that is data and more, for a comparison here; else []."""
+    return [] if remote._remote_has_met_plain else remote._remote_end.ask("plain", remote)
+
+
 def after_plain_data(result):
-    """The result of an operation on an object of the program and plain data. Raises TypeError unless it is an object."""
+    """The result of an operation on an object of the program and plain data. TypeError unless it is an object, too."""
     if not isinstance(result, Remote):
         raise TypeError("an object of the program cannot be computed with as if it were a number")
     object.__setattr__(result, "_remote_has_met_plain", True)

@@ -339,3 +339,189 @@ def test_no_output_takes_more_than_its_length(make):
 
 def test_code_blocks_have_a_language():
     assert code_blocks("```Python3 title=x\na\n```\n~~~c++\nb\n~~~\n```\nc\n```") == [("python3", "a\n"), ("c++", "b\n"), ("", "c\n")]
+
+
+# ------------------------------------------------------------------------------- what crosses between tests and program
+
+VECTOR = """
+class Vector:
+    def __init__(self, *x): self.x = list(x)
+    def __add__(self, other): return Vector(*(a + b for a, b in zip(self.x, other.x)))
+    def __mul__(self, k): return Vector(*(a * k for a in self.x))
+    __rmul__ = __mul__
+    def __neg__(self): return self * -1
+    def __eq__(self, other): return isinstance(other, Vector) and self.x == other.x
+    def __hash__(self): return hash(tuple(self.x))
+    def __lt__(self, other): return sum(self.x) < sum(other.x)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i]
+    def __setitem__(self, i, value): self.x[i] = value
+    def __delitem__(self, i): del self.x[i]
+    def __contains__(self, value): return value in self.x
+    def __str__(self): return f"<{', '.join(map(str, self.x))}>"
+    def __repr__(self): return f"Vector{tuple(self.x)}"
+    def __abs__(self): return sum(a * a for a in self.x) ** 0.5
+    def __bool__(self): return any(self.x)
+    def __call__(self, k): return self.x[0] + k
+    def __enter__(self): return self
+    def __exit__(self, *error): self.closed = error[0] is None; return True
+"""
+ERRORS = """
+class Base(Exception): pass
+class Bad(Base, ValueError):
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+    def __str__(self): return f"[{self.code}] {self.args[0]}"
+def f(n):
+    if n < 0: raise Bad("negative", 7)
+    return {0: 1 / 1}[n]
+"""
+RIGHT = [  # (a right program, tests)
+    (VECTOR, ["assert Vector(1, 2) + Vector(3, 4) == Vector(4, 6)", "assert Vector(1) != Vector(2) and not Vector(1) == 1"]),
+    (VECTOR, ["assert (Vector(1, 2) * 3).x == [3, 6]", "assert (2 * Vector(1)).x == [2]", "assert -Vector(1) == Vector(-1)"]),
+    (VECTOR, ["assert len({Vector(1), Vector(1), Vector(2)}) == 2", "assert hash(Vector(1)) == hash(Vector(1))"]),
+    (VECTOR, ["assert sorted([Vector(2), Vector(1)])[0].x == [1]", "assert min(Vector(3), Vector(2)) == Vector(2)", "assert Vector(1) < Vector(2) and not Vector(3) < Vector(2)"]),
+    (VECTOR, ["v = Vector(1, 2, 3)", "v[0] = 5", "del v[1]", "assert v.x == [5, 3] and v[1] == 3 and len(v) == 2 and v[0:1] == [5]"]),
+    (VECTOR, ["assert 1 in Vector(1, 2)", "assert 3 not in Vector(1, 2)"]),
+    (VECTOR, ["assert str(Vector(1, 2)) == '<1, 2>'", "assert repr(Vector(1, 2)) == 'Vector(1, 2)'", "assert f'{Vector(1)}' == '<1>'"]),
+    (VECTOR, ["assert abs(Vector(3, 4)) == 5.0", "assert not Vector(0) and Vector(1)", "assert Vector(3)(4) == 7"]),
+    (VECTOR, ["with Vector(1) as v:\n    assert v.x == [1]", "assert v.closed", "with Vector(1) as v:\n    1 / 0", "assert not v.closed"]),
+    (VECTOR, ["v = Vector(1)", "import copy", "w = copy.deepcopy(v)", "w.x = [2]", "assert v.x == [1]"]),
+    (VECTOR, ["assert isinstance(Vector(1), Vector) and not isinstance(1, Vector)", "v = Vector(1)", "v += Vector(2)", "assert v.x == [3]"]),
+    ("class A: pass\nclass B(A): pass", ["assert issubclass(B, A) and not issubclass(A, B)", "assert isinstance(B(), A) and not isinstance(A(), B)", "assert hasattr(A, 'x') is False"]),
+    (ERRORS, ["try:\n    f(-1)\n    assert False\nexcept Bad as error:\n    assert str(error) == '[7] negative' and error.code == 7 and error.args == ('negative',)"]),
+    (ERRORS, ["import pytest\nwith pytest.raises(Base):\n    f(-1)\nwith pytest.raises(ValueError, match='negative'):\n    f(-2)\nwith pytest.raises(KeyError):\n    f(5)"]),
+    (ERRORS, ["assert issubclass(Bad, ValueError) and issubclass(Bad, Base) and not issubclass(Base, ValueError)", "assert f(0) == 1"]),
+    (ERRORS, ["import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertRaises(Bad, f, -1)\n        with self.assertRaises(KeyError):\n            f(3)"]),
+    ("def f(k): return {}[k]", ["try:\n    f('a')\n    assert False\nexcept KeyError as error:\n    assert str(error) == \"'a'\" and error.args == ('a',)"]),
+    ("import json\ndef f(s): return json.loads(s)", ["import json\ntry:\n    f('{')\n    assert False\nexcept json.JSONDecodeError as error:\n    assert error.pos == 1"]),
+    ("import sys\ndef f(): sys.exit(3)", ["try:\n    f()\n    assert False\nexcept SystemExit as error:\n    assert error.code == 3"]),
+    ("def f():\n    n = 0\n    while True:\n        yield n\n        n += 1", ["g = f()", "assert [next(g) for _ in range(3)] == [0, 1, 2]", "assert next(g) == 3", "from itertools import islice", "assert list(islice(f(), 100)) == list(range(100))", "for x in f():\n    if x > 10: break", "assert x == 11"]),
+    ("def f(n):\n    for i in range(n): yield i", ["g = f(2)", "assert iter(g) is g", "assert list(g) == [0, 1]", "assert next(g, None) is None", "try:\n    next(g)\n    assert False\nexcept StopIteration:\n    pass", "assert sum(f(5000)) == 12497500"]),
+    ("def f():\n    yield 1\n    raise ValueError('end')", ["g = f()", "assert next(g) == 1", "try:\n    next(g)\n    assert False\nexcept ValueError as error:\n    assert str(error) == 'end'"]),
+    ("class R:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return iter(range(self.n))\n    def __reversed__(self): return reversed(range(self.n))", ["r = R(3)", "assert list(r) == [0, 1, 2] and list(r) == [0, 1, 2] and list(reversed(r)) == [2, 1, 0]", "a, b, c = r", "assert (a, b, c) == (0, 1, 2) and max(r) == 2 and 2 in r and 5 not in r"]),
+    ("class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n        self.n += 1\n        if self.n > 2: raise StopIteration\n        return self.n", ["assert list(It()) == [1, 2]", "i = It()", "assert next(i) == 1"]),
+    ("def f(function, items): return [function(item) for item in items]", ["assert f(lambda x: x + 1, [1, 2]) == [2, 3]", "assert f(str, [1]) == ['1'] and f(len, ['ab']) == [2]", "def double(x): return 2 * x", "assert f(double, (1, 2)) == [2, 4]"]),
+    ("def f(function):\n    try: return function(1)\n    except ValueError as error: return str(error)", ["def g(x): raise ValueError('no')", "assert f(g) == 'no'"]),
+    ("import functools\ndef f(function):\n    calls = {}\n    @functools.wraps(function)\n    def inner(*given):\n        if given not in calls: calls[given] = function(*given)\n        return calls[given]\n    return inner", ["seen = []\n@f\ndef square(x):\n    seen.append(x)\n    return x * x", "assert square(3) == 9 and square(3) == 9 and seen == [3] and square.__name__ == 'square'"]),
+    ("def f(n): return lambda g: g(n) if n else f(1)(g)", ["assert f(0)(lambda x: f(x)(lambda y: y + 1)) == 2"]),
+    ("def f(g): return g", ["def h(): pass", "assert f(h) is h and f(int) is int"]),
+    ("def f(items): return next(items), next(items)", ["import itertools", "assert f(itertools.count(3)) == (3, 4)", "assert f(x for x in 'ab') == ('a', 'b')", "i = iter([1, 2, 3])", "f(i)", "assert next(i) == 3"]),
+    ("def f(x):\n    x.append(1)\n    return x", ["a = []", "assert f(a) is a and f(x=a) is a and a == [1, 1]"]),
+    ("def f(x): x.sort()", ["a = [3, 1]", "f(x=a)", "assert a == [1, 3]"]),
+    ("def f(x): x.add(4)", ["a = {1}", "b = a", "f(a)", "assert b == {1, 4}"]),
+    ("def f(x): x[0] = 65", ["a = bytearray(b'xy')", "f(a)", "assert a == b'Ay' and isinstance(a, bytearray)"]),
+    ("def f(x): x[0][0] = 9; x[1]['a'].add(2)", ["inner = [1]", "a = [inner, {'a': {1}}]", "s = a[1]['a']", "f(a)", "assert inner == [9] and s == {1, 2} and a == [[9], {'a': {1, 2}}]"]),
+    ("def f(x): x.appendleft(0)", ["from collections import deque", "d = deque([1])", "f(d)", "assert d == deque([0, 1])"]),
+    ("def f(x):\n    del x['a']\n    x['b'] = 2", ["a = {'a': 1, 'c': 3}", "f(a)", "assert a == {'c': 3, 'b': 2}"]),
+    ("import datetime\ndef f(): return datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 2, 3, tzinfo=datetime.timezone.utc), datetime.timedelta(1)", ["import datetime", "assert f() == (datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 2, 3, tzinfo=datetime.timezone.utc), datetime.timedelta(1))"]),
+    ("from decimal import Decimal\nfrom fractions import Fraction\ndef f(x): return x + Decimal('0.1'), Fraction(1, 3)", ["from decimal import Decimal", "from fractions import Fraction", "assert f(Decimal('0.2')) == (Decimal('0.3'), Fraction(1, 3))"]),
+    ("from collections import *\ndef f(): return Counter('aab'), OrderedDict(a=1), deque([1], maxlen=2), defaultdict(int, a=1)", ["from collections import *", "c, o, d, e = f()", "assert c == Counter('aab') and c.most_common(1) == [('a', 2)] and o == OrderedDict(a=1) and d == deque([1]) and d.maxlen == 2 and e == {'a': 1}"]),
+    ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, y=2)", ["p = f()", "assert p == (1, 2) and p.x == 1 and p._asdict() == {'x': 1, 'y': 2} and P(3, 4).y == 4"]),
+    ("from enum import Enum, IntEnum\nclass C(Enum):\n    RED = 1\n    BLUE = 2\nclass N(IntEnum):\n    ONE = 1\ndef f(): return C.RED", ["assert f() == C.RED and f() is C.RED and f() != C.BLUE and C.RED.value == 1 and C['RED'].name == 'RED' and len(C) == 2 and C(2) is C.BLUE", "assert N.ONE == 1 and N.ONE < 2 and N(1).name == 'ONE'"]),
+    ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2", ["assert P(1) == P(1, 2) and P(1).y == 2 and str(P(1)) == 'P(x=1, y=2)' and P(1) != P(2)"]),
+    ("class Stack(list):\n    def push(self, x):\n        self.append(x)\n        return self", ["s = Stack().push(1).push(2)", "assert s == [1, 2] and [1, 2] == s and len(s) == 2 and s[0] == 1 and s[-1] == 2 and s != [1] and list(s) == [1, 2]"]),
+    ("class S:\n    one = None\n    def __new__(cls):\n        cls.one = cls.one or object.__new__(cls)\n        return cls.one", ["assert S() is S()", "a = S()", "a.x = 1", "assert S().x == 1"]),
+    ("class Node:\n    def __init__(self, v, next=None): self.v, self.next = v, next\ndef f(n):\n    n.next.next = n\n    return n.next", ["a = Node(1, Node(2))", "b = f(a)", "assert b.next is a and a.next is b and b.v == 2"]),
+    ("class C:\n    def __init__(self): self.items = []\n    @property\n    def size(self): return len(self.items)\n    @staticmethod\n    def make(): return C()\n    @classmethod\n    def of(cls, *x):\n        c = cls()\n        c.items += x\n        return c", ["assert C.make().size == 0 and C.of(1, 2).size == 2 and C.of(1).items == [1]", "try:\n    C().size = 3\n    assert False\nexcept AttributeError:\n    pass"]),
+    ("def f(): return range(3), {'a': 1}.keys(), {'a': 1}.values(), {'a': 1}.items()", ["r, k, v, i = f()", "assert r == range(3) and k == {'a'} and list(v) == [1] and i == {('a', 1)} and sorted(v) == [1] and len(k) == 1"]),
+    ("def f(n):\n    for i in range(n): print(i)", ["import io\nfrom contextlib import redirect_stdout\nout = io.StringIO()\nwith redirect_stdout(out):\n    f(3)\nassert out.getvalue() == '0\\n1\\n2\\n'"]),
+    ("print('demo')\nimport sys\nsys.stdout.buffer.write(b'x')\ndef f(x): return x\nprint(f(int(input())))", ["assert f(1) == 1"]),
+    ("def f(x): return x\nassert f(1) == 2", ["assert f(1) == 1"]),
+    ("from typing import List\nclass Solution:\n    def f(self, x: List[int]) -> int: return sum(x)", ["assert Solution().f([1, 2]) == 3"]),
+    ("from threading import Thread\ndef f(x):\n    out = []\n    t = Thread(target=out.append, args=(x,))\n    t.start(); t.join()\n    return out", ["assert f(1) == [1]"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "tests"), RIGHT)
+def test_right_programs_pass_whatever_they_return(source, tests):
+    parsed = parse_tests(tests)
+    result = sandbox.test(source, parsed.pieces, parsed.names)
+    assert result.error is None
+    plain = {"__name__": "solution"}  # and they are right in one process too
+    exec(compile(source.replace("input()", "'1'"), "program.py", "exec"), plain) if "assert f(1) == 2" not in source else None
+
+
+EVIL = """
+class E:
+    def __getattr__(self, name): return self
+    def __call__(self, *given, **named): return self
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+    def __add__(self, other): return self
+    __sub__ = __mul__ = __mod__ = __truediv__ = __floordiv__ = __pow__ = __and__ = __or__ = __xor__ = __add__
+    __radd__ = __rsub__ = __rmul__ = __rmod__ = __rtruediv__ = __rpow__ = __rand__ = __ror__ = __rxor__ = __add__
+    def __abs__(self): return 0.0
+    def __float__(self): return 0.0
+    __int__ = __index__ = __len__ = lambda self: 0
+    def __round__(self, *n): return 0
+    def __neg__(self): return self
+    def __hash__(self): return hash(2)
+    def __bool__(self): return self.truth
+    truth = True
+"""
+FORGERS = [
+    EVIL + "def f(x): return E()",
+    EVIL.replace("truth = True", "truth = False") + "def f(x): return E()",
+    EVIL + "def f(x): return [E()]",
+    EVIL + "f = E()",
+    EVIL.replace("class E", "class f").replace("def __getattr__", "def __init__(self, x): pass\n    def __getattr__"),
+    EVIL.replace("class E", "class E(list)").replace("    truth", "    def more(self): pass\n    truth") + "def f(x): return E()",
+    EVIL.replace("class E", "class E(int)").replace("    truth", "    def more(self): pass\n    truth") + "def f(x): return E()",
+    EVIL.replace("class E", "class E(str)") + "def f(x): return E('2 3')",
+    "import os\ndef f(x): os._exit(0)",
+    "def f(x): raise AssertionError",
+    "def f(x): raise SystemExit(0)",
+    "import unittest\ndef f(x): raise unittest.SkipTest('x')",
+    "def f(x): raise KeyboardInterrupt",
+    "def f(x): raise StopIteration",
+    "class AssertionError(Exception): pass\ndef f(x): raise AssertionError",
+    "import harness, remote\nfor m in (harness, remote):\n    for n in dir(m):\n        if callable(getattr(m, n)) and n[0] != '_': setattr(m, n, lambda *a, **k: 2)\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'builtin': 'object'}\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'yours': 0}\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'argument': 0}\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'exception': ['f', 'solution', [{'builtin': 'int'}], 5]}\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'value': ['os', '_exit', [0]]}\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'error': [{'builtin': 'SystemExit'}, [0], '', {}]}\ndef f(x): return 0",
+    "import json, os\nfor fd in range(3, 12):\n    try: os.write(fd, b'[\"raise\", {\"error\": [{\"builtin\": \"SystemExit\"}, [0], \"\", {}]}, [], \"\"]\\n' * 9)\n    except OSError: pass\ndef f(x): return 0",
+    "import os\nfor fd in range(0, 12):\n    try: os.write(fd, b'null\\n' * 50)\n    except OSError: pass\ndef f(x): return 0",
+    "def f(x): return '\\nnull\\nnull\\n'",
+]  # fmt: skip
+JUDGES = [
+    "assert f(1) == 2", "assert 2 == f(1)", "assert f(1) in (2, 3)", "assert 2 in [f(1)]", "assert {2: 1}[f(1)]", "assert len({f(1), 2}) == 1",
+    "assert abs(f(1) - 2) < 1e-6", "assert not f(1) - 2", "assert round(f(1) - 2.0, 5) == 0", "assert f(1) - 2 == 0", "assert not f(1) % 2 and f(1) > 1",
+    "assert 1 < f(1) < 3", "assert f(1) >= 2 and f(1) <= 2", "assert sorted([f(1), 1, 3]) == [1, 2, 3]", "assert str(f(1)) == '2'",
+    "import math\nassert math.isclose(f(1), 2)", "import numpy as np\nassert np.isclose(f(1), 2)", "import numpy as np\nassert np.array_equal(np.array(f(1)), 2)",
+    "import pytest\nassert f(1) == pytest.approx(2)", "import numpy as np\nnp.testing.assert_allclose(f(1), 2)", "assert [f(1)] == [2]", "assert (f(1),) == (2,)",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 2)", "def test_f():\n    assert f(1) == 2",
+    "try:\n    assert f(1) == 2\nexcept ZeroDivisionError:\n    pass", "assert max(f(1), 1) == 2", "assert sum([f(1), 1]) == 3", "assert f(1) ^ 2 == 0",
+    "assert f(1) is not None and f(1) * 1.0 == 2.0", "assert {'a': f(1)} == {'a': 2}", "assert bin(f(1)) == '0b10'", "assert 'abc'[f(1)] == 'c'",
+]  # fmt: skip
+
+
+def test_no_program_forges_a_result():
+    """Each is wrong for each test: equal to everything, less and more, zero after subtraction, ...; and 2 is right."""
+    for test in JUDGES:
+        parsed = parse_tests([test])
+        assert sandbox.test("def f(x): return 2", parsed.pieces, parsed.names).error is None, test
+    for source in FORGERS:
+        pieces = [parse_tests([test]).pieces for test in JUDGES]
+        places = [len(sum(pieces[: place + 1], [])) - 1 for place in range(len(pieces))]
+        result = sandbox.test(source, sum(pieces, []), ["f"], stops=False)
+        passed = [JUDGES[number] for number, place in enumerate(places) if result.outcomes[place:] and not result.outcomes[place]]
+        assert not passed, (source, passed)
+
+
+@pytest.mark.parametrize("expected", ["Exception", "ValueError", "SystemExit"])
+def test_a_program_that_ends_has_not_raised(expected):
+    """Its end is an exception for the tests' process, which a test may expect."""
+    test = f"try:\n    f(1)\n    assert False\nexcept {expected}:\n    pass"
+    assert reward("import os\ndef f(x): os._exit(0)", [test]).reward == 0
+
+
+def test_a_test_cannot_be_skipped_by_the_program():
+    test = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        f(1)\n        self.assertEqual(f(1), 2)"
+    for source in ("import unittest\ndef f(x): raise unittest.SkipTest('x')", "class SkipTest(Exception): pass\ndef f(x): raise SkipTest"):
+        assert reward(source, test).reason == "wrong"
