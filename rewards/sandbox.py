@@ -458,29 +458,33 @@ def mounts(libc) -> bool:
     CLONE_NEWNS = 0x20000
     MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 0x1000, 0x4000, 0x40000, 2
     NEW = "/proc"  # a folder that there is everywhere, and that is not needed any more
-    if libc.unshare(CLONE_NEWNS):
+
+    def call(function, *arguments):
+        if function(*arguments):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    try:
+        call(libc.unshare, CLONE_NEWNS)
+        call(libc.mount, None, b"/", None, MS_REC | MS_PRIVATE, None)
+        call(libc.mount, b"tmpfs", NEW.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=64k,mode=755")
+        bound = []
+        for path in readable():
+            if any(path.startswith(f"{parent}/") for parent in bound):
+                continue  # it is there already
+            place = NEW + path
+            if os.path.isdir(path):
+                os.makedirs(place, exist_ok=True)
+            else:
+                os.makedirs(os.path.dirname(place), exist_ok=True)
+                os.mknod(place)
+            call(libc.mount, os.fsencode(path), os.fsencode(place), None, MS_BIND | MS_REC, None)
+            bound.append(path)
+        os.chdir(NEW)
+        call(libc.pivot_root, b".", b".")
+        call(libc.umount2, b".", MNT_DETACH)  # the old root, which lies on the new one until then
+        os.chdir("/")
+    except OSError:
         return False
-    failed = libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
-    failed = failed or libc.mount(b"tmpfs", NEW.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=64k,mode=755")
-    if failed:
-        return False
-    bound = []
-    for path in readable():
-        if any(path.startswith(f"{parent}/") for parent in bound):
-            continue  # it is there already
-        place = NEW + path
-        if os.path.isdir(path):
-            os.makedirs(place, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            os.mknod(place)
-        if libc.mount(os.fsencode(path), os.fsencode(place), None, MS_BIND | MS_REC, None):
-            return False
-        bound.append(path)
-    os.chdir(NEW)
-    if libc.pivot_root(b".", b".") or libc.umount2(b".", MNT_DETACH):  # the old root lies on the new one until then
-        return False
-    os.chdir("/")
     return True
 
 

@@ -136,6 +136,30 @@ print(result.printed, result.error)
     assert result.stdout == " None\n", result.stderr
 
 
+@pytest.mark.skipif("mounts" in MISSING, reason="no mount namespace here")
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ('"setgroups": "deny", **ids', ""),
+        ('b"tmpfs", MS_NOSUID', 'b"no such type", MS_NOSUID'),
+        ("os.fsencode(path), os", 'b"/no such folder", os'),
+        ('libc.pivot_root, b"."', 'libc.pivot_root, b"/no such folder"'),
+    ],
+)
+def test_programs_run_where_mounts_fail_half_way(tmp_path, text, instead):
+    """As where a security module grants the namespace and forbids the mounts: the other layers hold."""
+    whole = open(sandbox.__file__).read()
+    assert whole.count(text) == 1
+    (tmp_path / "sandbox.py").write_text(whole.replace(text, instead))
+    code = f"""
+import os, sys; sys.path.insert(0, {str(tmp_path)!r})
+import sandbox
+print(sandbox.missing_layers(), sandbox.run("import decimal, json; print(1 + 1)", "").printed, sandbox.run("open('/etc/passwd')", "").error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "['mounts'] 2\n PermissionError: [Errno 13] Permission denied: '/etc/passwd'\n", result.stderr
+
+
 def test_programs_have_no_capabilities():
     """Not even in their own user namespace: the bits of capget(2) are all 0."""
     source = """
@@ -398,10 +422,9 @@ def test_the_hostile_are_500_and_know_nothing():
     texts = hostile.texts(1) + hostile.programs(1)
     assert len(texts) == len(set(texts)) == 500
     assert [text for text in texts if hostile.SECRET in text] == []
-    right = {"code": f"def f(x): return {hostile.SECRET}", "code_stdio": f"print({hostile.SECRET})"}
-    jobs = {job[0]: job for job in hostile_jobs(1)}
-    for name, (_, _, truth) in jobs.items():  # they could be right
-        assert judge(name, block(right[name]) if name in right else f"The answer is \\boxed{{{truth}}}."[15:-1] if name == "exact" else f"\\boxed{{{truth}}}", truth).reason in ("right", "wrong")
+    right = {"code": block(f"def f(x): return {hostile.SECRET}"), "code_stdio": block(f"print({hostile.SECRET})"), "math": hostile.boxed(hostile.SECRET)}
+    for name, truth in {name: truth for name, _, truth in hostile_jobs(1)}.items():  # who knows it is right
+        assert judge(name, right.get(name, hostile.SECRET), truth).reason == "right"
 
 
 def test_hostile_text_and_programs(pool):
