@@ -41,7 +41,7 @@ def as_latex(text: str) -> str:
     text = re.sub("[\u2080-\u208e]+", lambda match: f"_{{{plain(match[0])}}}", text)  # x₂
     text = re.sub(r"√(\w+)", r"\\sqrt{\1}", text)
     text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: f" {plain(match[0])}", text)  # 2½ is not 21/2
-    return plain(re.sub("([0-9]+)\u2044([0-9]+)", r"\\frac{\1}{\2}", text.translate(SYMBOLS)))
+    return plain(re.sub("(?<![0-9])([0-9]+)\u2044([0-9]+)", r"\\frac{\1}{\2}", text.translate(SYMBOLS)))
 
 
 def plain(text: str) -> str:
@@ -69,10 +69,11 @@ NUMBER = re.compile(
 )
 SCALES = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 STATEMENT = re.compile(
-    r"(?:^####|^A:|\banswer\b[*\s]*(?:is\b(?: therefore| thus| about| approximately)?|[:=]|\n))[\s:*~]*(?:\\?[(\[])?",
+    r"(?:^####|^A:|\banswer\b[*\s]*(?:is\b(?: therefore| thus| about| approximately)?|[:=]|\n))"
+    r"[\s:*~]*(?:\\?[(\[])?(?:\$?[a-zA-Z]\w{0,20} ?= ?)?",
     re.IGNORECASE | re.MULTILINE,
 )
-REASON = re.compile(r"\b(?:because|since|as|so|which|where|when|after)\b|\(", re.IGNORECASE)  # begins another clause
+REASON = re.compile(r"\b(?:because|since|as|so|which|where|when|after)\b| \((?!or\b)(?=[a-z]{2})")  # begins another clause
 LABEL = re.compile(r"\b(?:step|part|equation|line|note|example|question|problem)s? \(?[0-9]+", re.IGNORECASE)
 
 
@@ -98,9 +99,8 @@ def final_numbers(text: str) -> list[Fraction]:
         return [value(number) for number in NUMBER.finditer(text.rpartition("=")[2])]
     for statement in reversed(list(STATEMENT.finditer(text))):
         number = NUMBER.match(text, statement.end())
-        if number and not re.match(r"[.)] +[a-zA-Z]", text[number.end() :]):
-            return stated_numbers(text, number)
-        if number and not text[: statement.end()].endswith(("\n", "# ")):
+        is_first = text.endswith(("\n", "# "), 0, statement.end())
+        if number and not (is_first and re.match(r"[.)] +[a-zA-Z]", text[number.end() :])):  # 1. First we
             return stated_numbers(text, number)
     numbers = list(NUMBER.finditer(LABEL.sub("", text))) or list(NUMBER.finditer(text))
     return [value(number) for number in numbers[-1:]]
@@ -109,7 +109,7 @@ def final_numbers(text: str) -> list[Fraction]:
 def stated_numbers(text: str, number: re.Match) -> list[Fraction]:
     """The number behind "the answer is": that one, unless it begins a calculation or a list."""
     sentence = re.split(r"\n|\.\s", text[number.end() :], maxsplit=1)[0]
-    sentence = REASON.split(sentence, maxsplit=1)[0]
+    sentence = re.split(rf"{REASON.pattern}|\((?!or\b)", sentence, maxsplit=1)[0]
     others = [value(other) for other in NUMBER.finditer(sentence.rpartition("=")[2])]
     if "=" in sentence:  # 3 * 6 = 18
         return others[:1]
@@ -122,9 +122,12 @@ def stated_numbers(text: str, number: re.Match) -> list[Fraction]:
 
 def readable_numbers(text: str) -> str:
     """Without what looks like a number and is none: the exponents of units. Fractions of LaTeX as 1/2."""
-    text = text.replace("{,}", ",").replace(r"\,", "").replace(r"\!", "").replace(r"\$", "$")
-    text = re.sub(r"\\[dt]?frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))", r" \1\2/\3\4", text)
-    text = re.sub(r"(?<=[a-zA-Z])(\}?)\^\{?[0-9]\}?", r"\1", text)  # cm^2, \text{ cm}^2
+    text = text.replace("{,}", ",")
+    if "\\" in text:
+        text = text.replace(r"\,", "").replace(r"\!", "").replace(r"\$", "$")
+        text = re.sub(r"\\[dt]?frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))", r" \1\2/\3\4", text)
+    if "^" in text:
+        text = re.sub(r"(?<=[a-zA-Z])(\}?)\^\{?[0-9]\}?", r"\1", text)  # cm^2, \text{ cm}^2
     return re.sub(r"([0-9] ?(?:[kcmd]?m|ft|in|yd|mi))[23](?![0-9.])", r"\1", text)  # 18 m2
 
 
@@ -261,14 +264,14 @@ TIDY = [
     (r"\\text\{ *(?:percent(?:age)?|pct) *\}|\b(?:percent|pct)\b|(?<!\\)%", r"\\%"),
     (r"^[a-zA-Z] *\\in(?![a-zA-Z])", ""),  # x \in [1, 2]
     (r"\\pmod *(?:\{[^{}]*\}|[0-9])$|\((?:\\bmod|(?:\\text\{)? *mod)[^()]*\)$", ""),
-    (r"^\\boxed\{([^{}]*)\}$|^\\text\{([-(.0-9][^{}]*)\}", r"\1\2"),  # \text{5 cm}
+    (r"^\\boxed\{([^{}]*)\}$|^\\text\{ *([-(.0-9][^{}]*)\}", r"\1\2"),  # \text{5 cm}
 ]
 TIDY = [(re.compile(pattern), replacement) for pattern, replacement in TIDY]
 
 
 def tidy(latex: str) -> str:
     """Of several ways to write the same the one that latex2sympy reads."""
-    latex = latex.rstrip(". ")
+    latex = latex.rstrip(".,; \\")
     for pattern, replacement in TIDY:
         latex = pattern.sub(replacement, latex)
     return latex.strip()
@@ -669,9 +672,9 @@ def differs(one, other) -> bool:
         return False
     try:
         one, other = complex(one), complex(other)
+        return abs(one - other) > 2e-6 * abs(other)
     except (TypeError, ValueError, OverflowError):
         return False
-    return abs(one - other) > 2e-6 * abs(other)
 
 
 def rounds_to(exact: str, rounded: str) -> bool:
