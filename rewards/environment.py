@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import common
 from kernels.sampler import Sampler, SamplingParams
-from rewards.audit import audit, reference, report
+from rewards.audit import CODE, audit, reference, report
 from rewards.jobs import GATE, failure_rates, read_weight, split_job
 from rewards.pool import Pool
 from rewards.verifiers import VERIFIERS, Verdict, load, registered_name
@@ -47,6 +47,7 @@ PATIENCE = timedelta(minutes=30)  # with a process that does not come to a meeti
 ROUNDING = 1e-6  # rewards no further apart are equal: 0.1 + 0.2 and 0.3
 MOST_PROMPTS = 4  # asked for in one round of sampling, as a multiple of --batch_size
 REMEMBERED = 4  # groups of which the share with a signal is measured, likewise
+LONG_AUDIT = 1000  # rows; then it is said that it takes time
 MOST_EMPTY_STEPS = 20  # in a row, without one group to learn from; then the run stops
 
 
@@ -127,17 +128,22 @@ class RowJobs:
             job = [names, [row.get("ground_truth")] * len(names), weights]
         else:
             job = common.row_job(row)
-            names = job[0] if isinstance(job[0], list) else [job[0]]
-        names = [str(name).lower() for name in names]
+            names = job[0]
+        names = _names(names)
         wanted = set(flatten(self.wants.get(name, ()) for name in names))
         context = {}
         if "prompt" in wanted:
             context["prompt"] = messages
         if "row" in wanted:
             context["row"] = {name: value for name, value in row.items() if name not in CONVERSATION}
-        if self.audit and any(name.startswith("code") for name in names):
+        if self.audit and set(names) & set(CODE):
             context["reference"] = reference(row)
         return [*job, json.loads(json.dumps(context, default=str))] if context else job
+
+
+def _names(verifiers):
+    """In small letters: rows may name verifiers in any case."""
+    return [str(name).lower() for name in (verifiers if isinstance(verifiers, list) else [verifiers])]
 
 
 def _load(source):
@@ -602,23 +608,25 @@ class Rollouts:
         jobs = []
         for row in self._my_share(range(len(rows))):
             verifier, ground_truth, weights, context = _job(rows, row)
-            if "code" in str(verifier):
+            if set(_names(verifier)) & set(CODE):
                 mine.append(row)
                 jobs.append((verifier, (context or {}).get("reference"), ground_truth, weights))
+        total = sum(self._gather([len(jobs)]))
+        if not total:
+            return
         path = Path(self.args.out, "audit.json")  # {fingerprint: {row: reason}}: kept, since time limits play a part
         known = self._gather([json.loads(path.read_text()) if path.exists() else {}])[0]
         if rows.fingerprint in known:
             problems = [(int(row), reason) for row, reason in known[rows.fingerprint].items()]
         else:
+            if _rank() == 0 and total >= LONG_AUDIT:
+                tqdm.write(f"audit of {total} code rows: {total / 10:.0f} s of processor time, about; see --no_audit")
             problems = [(mine[i], reason) for i, reason in audit(self.pool, jobs).items()]
             problems = sorted(self._gather(problems))
-        if not sum(self._gather([len(jobs)])):
-            return
         problems = dict(problems)
         if _rank() == 0:
             _write_json(path, known | {rows.fingerprint: problems})
-            if problems:
-                tqdm.write(report(problems, {row: rows.where(row) for row in problems}, len(rows)))
+            tqdm.write(report(problems, rows.table["row"], total))
         left = [row for row in range(len(rows)) if row not in problems]
         if len(left) < at_least:
             raise common.RunError(f"only {len(left)} of {len(rows)} rows pass the audit; --no_audit takes them all")
