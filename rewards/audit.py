@@ -83,7 +83,8 @@ def passing_stub(tests: Tests) -> str | None:
                 return f"prints {printed.strip()[:20]!r} whatever it reads" if printed.strip() else "prints nothing"
     if tests.calls:
         expected = [results for _, results in tests.calls]
-        for value in [*RETURNED, *expected[0][: len(expected) > 1]]:
+        differ = any(given != tests.calls[0][0] for given, _ in tests.calls)
+        for value in [*RETURNED, *expected[0][:differ]]:
             if all(any(is_same(value, result) for result in results) for results in expected):
                 return f"returns {str(value)[:20]!r} whatever it is given"
     if tests.pieces:
@@ -124,13 +125,13 @@ def report(problems: dict[int, str], numbers: list[int], total: int) -> str:
     Args:
         problems: of `audit`.
         numbers: of the rows, in the order of the jobs.
-        total: rows that were audited.
+        total: code rows that were audited.
     """
     if not problems:
-        return f"audit: the tests of all {total} rows fail for programs that do nothing"
+        return f"audit: the tests of all {total} code rows fail for programs that do nothing"
     named = [f"row {numbers[index]} ({reason})" for index, reason in list(problems.items())[:3]]
     others = [str(numbers[index]) for index in list(problems)[3:20]]
     more = f"; and rows {', '.join(others)}" if others else ""
     dots = ", ..." if len(problems) > 20 else ""
-    start = f"audit: {len(problems)} of {total} rows are left out, since their tests are worth no reward"
+    start = f"audit: {len(problems)} of {total} code rows left out, their tests are worth no reward"
     return f"{start}: {', '.join(named)}{more}{dots}"

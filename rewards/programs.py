@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import textwrap
+import warnings
 from functools import lru_cache
 
 from rewards import sandbox, verifiers
@@ -259,7 +260,8 @@ def code_blocks(completion: str) -> list[tuple[str, str]]:
 def parse_python(code: str) -> ast.Module:
     """The tree of a program; an empty one if it is not Python."""
     try:
-        return ast.parse(code)
+        with warnings.catch_warnings(action="ignore"):  # of escapes that are none, "\d"
+            return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.Module([], [])
 

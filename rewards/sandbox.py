@@ -108,6 +108,8 @@ def test(source: str, tests: list[str], names: list[str], level: str = "full", s
     failed = [number for number, line in enumerate(result.outcomes) if line is not None]
     if failed and not result.is_late:
         result.error = f"test {failed[0] + 1} of {len(tests)}: {result.outcomes[failed[0]]}"
+    elif len(result.outcomes) < len(tests) and not result.error:
+        result.error = f"test {len(result.outcomes) + 1} of {len(tests)} has ended the tests"
     return result
 
 
