@@ -73,7 +73,7 @@ STATEMENT = re.compile(
     r"[\s:*~]*(?:\\?[(\[])?(?:\$?[a-zA-Z]\w{0,20} ?= ?)?",
     re.IGNORECASE | re.MULTILINE,
 )
-REASON = re.compile(r"\b(?:because|since|as|so|which|where|when|after)\b| \((?!or\b)(?=[a-z]{2})")  # begins another clause
+REASON = re.compile(r"\b(?:because|since|as|so|which|where|when|after)\b| \((?!or\b)(?=[a-z]{2})")  # a new clause
 LABEL = re.compile(r"\b(?:step|part|equation|line|note|example|question|problem)s? \(?[0-9]+", re.IGNORECASE)
 
 
@@ -250,6 +250,11 @@ TIDY = [
     (r"(?<![a-zA-Z\\])(sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1"),
     (r"(?<=\^\\circ ) *([CF])$", r"\\text{\1}"),
     (r"\\varnothing(?![a-zA-Z])|\\\{ *\\\}", r"\\emptyset"),  # a variable for latex2sympy
+    (r"^\\text\{ *no (?:real )?solutions? *\}$", r"\\emptyset"),
+    (r"^\\text\{ *all real(?: number)?s *\}$", r"\\mathbb{R}"),
+    (r"^\\text\{[^{}]*(?::|=|\bis) *\}", ""),  # \text{Area: }
+    (r"(?<![\w.,])([0-9]{1,3}(?: [0-9]{3})+)(?![\w.,/])", lambda match: match[1].replace(" ", "")),  # 1 234
+    (r"\\[lr]angle(?![a-zA-Z])", lambda match: "()"[match[0] == r"\rangle"]),
     (r"<=|\\leq(?:slant)?(?![a-zA-Z])", r"\\le "),
     (r">=|\\geq(?:slant)?(?![a-zA-Z])", r"\\ge "),
     (r"\\neq(?![a-zA-Z])", r"\\ne "),
@@ -298,6 +303,9 @@ NO_UNIT = {  # 5 of these is not 5, or it is no answer
 BRACED_UNITS = re.compile(r"(?:(?:[ /]|\\cdot)*\\text\{(?:[^{}0-9=,]|(?<=[a-zA-Z^])[23])*\}(?: *\^ *\{?-?[0-9]\}?)?)+")
 PLAIN_UNIT = re.compile(r"[a-zA-Z][ a-zA-Z./]*(?:\^ *\{?[0-9]\}?)?")
 LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
+VARIABLE = re.compile(  # not e and i alone
+    r"(?<![\\a-zA-Z])(?:[a-df-hj-zA-Z]|[a-zA-Z]{2})|\\(?!frac|sqrt|pi|cdot|times|div|circ|pm|infty|approx)[a-zA-Z]"
+)
 
 
 def without_unit(latex: str, may_be_letter: bool) -> tuple[str, str]:
@@ -381,7 +389,7 @@ def without_choice(latex: str) -> tuple[str, str]:
 
 
 DIGITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-BASED = re.compile(r"(-?(?=[A-F.]*[0-9])[0-9A-F., ]+)_(?:\{(?:\\text\{)? *([0-9]+|[a-z]+) *\}+|([0-9]+))")
+BASED = re.compile(r"(-?\(?(?=[A-F.]*[0-9])[0-9A-F., ]+\)?)_(?:\{(?:\\text\{)? *([0-9]+|[a-z]+) *\}+|([0-9]+))")
 
 
 def without_base(latex: str) -> tuple[str, str]:
@@ -390,7 +398,7 @@ def without_base(latex: str) -> tuple[str, str]:
     if not based:
         return latex, ""
     base = based[2] or based[3]
-    return re.sub("[, ]", "", based[1]), str(DIGITS.index(base)) if base in DIGITS else base
+    return re.sub("[(), ]", "", based[1]), str(DIGITS.index(base)) if base in DIGITS else base
 
 
 def split(latex: str, separator: str) -> list[str]:
@@ -410,14 +418,16 @@ def split(latex: str, separator: str) -> list[str]:
 EQUALS = r"=|\\equiv(?![a-zA-Z])"
 APPROXIMATELY = r"\\approx(?![a-zA-Z])"
 LIST = r"[,;]|\\text\{ *(?:or|and) *\}|\bor\b|\band\b|\\lor(?![a-zA-Z])"
-NUMERIC_COMMAND = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|circ|pm|infty|approx)(?![a-zA-Z])")
-SYMBOL = re.compile(r"\W*\\?[a-zA-Z]\w*\W*")
+SYMBOL = re.compile(r"[a-zA-Z]\w*")
 
 
 def is_name(side: str) -> bool:
-    """Whether a left side says what the value is of: x, f(2), x+y, \\angle ABC, \\text{Area}; 5 and e^2 do not."""
-    side = NUMERIC_COMMAND.sub("", without_unit(side, may_be_letter=False)[0])
-    return bool(SYMBOL.fullmatch(side) or re.search("[a-df-hj-zA-Z]", side))
+    """Whether a left side says what the value is of: x, f(2), x+y, \\angle ABC, \\text{Area}. Not 5, e^2, nor x^2-2x-3,
+    which is the left side of an equation to be solved."""
+    side, _ = without_unit(side, may_be_letter=False)
+    if any(re.fullmatch("[0-9.]+", term) for term in split(side, "[+-]")):
+        return False
+    return bool(SYMBOL.fullmatch(side) or VARIABLE.search(side))
 
 
 def values(latex: str) -> list[str]:
@@ -447,7 +457,7 @@ FUNCTIONS = {
 FUNCTIONS = {name: re.compile(pattern) for name, pattern in FUNCTIONS.items()}
 PRODUCT_OF_SUMS = re.compile(r"\)\s*(?:\(|[0-9])")
 NUMERIC = re.compile(r"-?(?:[0-9.,\s]+|\\frac\{-?[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)(?:\\%)?")
-ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[+*-]|\\cdot|\\times|\\div)\s*[0-9({\\]")
+ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[+*-]|\\cdot|\\times|\\div)\s*[0-9({\\]|\)\s*\^")
 WORDS = re.compile(r"\\text\{[^{}]*(?:[0-9=,]|\b(?:or|not|and)\b)")
 NEGATION = re.compile(r"\\(?:ne|not|lnot|neg)(?![a-zA-Z])|!=")
 
@@ -465,24 +475,28 @@ def is_task(answer: str, gold: str) -> bool:
         return True
     if re.search(r"_\{?(?!10\b)[0-9]", answer) and not re.search("_|[a-zA-Z]", gold):
         return True  # 5_7
-    if PRODUCT_OF_SUMS.search(answer) and not PRODUCT_OF_SUMS.search(gold) and not is_name(gold):
+    if PRODUCT_OF_SUMS.search(answer) and not PRODUCT_OF_SUMS.search(gold) and not VARIABLE.search(gold):
         return True  # (1+2i)(3-i)
     if NUMERIC.fullmatch(gold):
         return bool(ARITHMETIC.search(answer) or LETTER.search(answer))  # 123\cdot 456, (1+i)^4
     return False
 
 
-def is_undone(formula) -> bool:
-    """Whether like terms, like factors or two numbers were left to be put together: 2x+1+3x, x\\cdot x^2, 5\\cdot 77.
-    math-verify parses without evaluating."""
+def kinds_of_undone(formula) -> set[str]:
+    """What was left to be put together: like terms (2x+1+3x), like factors or two numbers (x\\cdot x^2, 5\\cdot 77), or
+    a fraction to be cancelled, if another formula has no denominator with a variable. math-verify evaluates nothing."""
     import sympy
 
+    kinds = set()
     for part in sympy.preorder_traversal(formula):
         if isinstance(part, sympy.Add) and has_duplicates(terms(part)):
-            return True
-        if isinstance(part, sympy.Mul) and has_duplicates(factors(part)):
-            return True
-    return False
+            kinds.add("terms")
+        elif isinstance(part, sympy.Mul) and has_duplicates(factors(part)):
+            kinds.add("factors")
+        elif isinstance(part, sympy.Pow) and part.args[1].is_negative:
+            if part.args[0].free_symbols and part.args[0].is_polynomial():
+                kinds.add("fraction")
+    return kinds
 
 
 def has_duplicates(things) -> bool:
@@ -620,10 +634,10 @@ def has_value(latex: str, gold: Gold) -> bool | None:
         return is_solution_set(latex, gold)
     parts = [part for part in split(latex, LIST) if part]
     if "=" in gold.value:
-        if len(parts) > 1 or latex.count("=") < 2:
+        name, *_, right_side = split(gold.value, EQUALS)
+        if len(parts) > 1 or not SYMBOL.fullmatch(name) or latex.count("=") == 1 and split(latex, EQUALS)[0] != name:
             return is_equal(latex, gold)
-        right_side = split(gold.value, EQUALS)[-1]  # x = 2 + 3 = 5
-        gold = gold._replace(value=right_side, formula=parse_formula(right_side))
+        gold = gold._replace(value=right_side, formula=parse_formula(right_side))  # x = 2 + 3 = 5
     if len(parts) > 1:
         sides = [values(part) for part in parts]
         return all(len(part) == 1 for part in sides) and has_measure(",".join(part[0] for part in sides), gold)
@@ -645,11 +659,14 @@ def has_measure(latex: str, gold: Gold) -> bool | None:
     if gold.base:
         return re.sub("[, ]", "", value) == gold.value
     value, unit = without_unit(value, may_be_letter=not LETTER.search(gold.value))
+    if NUMERIC.fullmatch(gold.value) and "," not in gold.value:
+        value = re.sub("^(-?[0-9]+),([0-9]{1,2}|[0-9]{4,})$", r"\1.\2", value)  # 3,14
     if other_unit(unit, gold.unit) or is_task(value, gold.value):
         return False
     right = is_equal(value, gold)
-    if right and value != gold.value and is_undone(parse_formula(value)[0]) and not is_undone(gold.formula[0]):
-        return False
+    if right and value != gold.value:
+        ours, theirs = kinds_of_undone(parse_formula(value)[0]), kinds_of_undone(gold.formula[0])
+        return ours <= theirs
     return right
 
 
