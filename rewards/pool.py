@@ -297,11 +297,11 @@ class Pool:
             return []
         if patience is None:
             patience = min(worker.patience() for worker in active)
-        ready = wait([source for worker in active for source in worker.sources()], patience)
+        ready = wait([worker.source() for worker in active], patience)
         news = []
         for worker in active:
             number = worker.job
-            if any(source in ready for source in worker.sources()):
+            if worker.source() in ready:
                 verdict = worker.receive()
             elif worker.is_over_a_limit():
                 worker.kill()
@@ -317,8 +317,7 @@ class Worker:
     """A supervisor process and the child that it has forked to judge.
 
     The supervisor has everything imported, so a killed child is replaced in milliseconds; a killed supervisor is
-    started again. Each child comes with a socket of its own and a file descriptor that says when it has ended (also if
-    it has left a process behind that holds the socket). So a worker is
+    started again. Each child comes with a socket of its own, which ends when the child does. So a worker is
 
         starting   connection None: the supervisor will send the next child
         idle       connection, no job
@@ -362,13 +361,13 @@ class Worker:
         """Whether it can be given a job."""
         return self.connection is not None and self.job is None
 
-    def sources(self) -> list:
-        """What becomes readable when there is news: of the next child, or of the child and its end."""
-        return [self.control] if self.connection is None else [self.connection, self.ended]
+    def source(self) -> socket.socket:
+        """What becomes readable when there is news: of the next child, or from the child."""
+        return self.connection or self.control
 
     def give(self, number: int, part: tuple) -> bool:
         """Sends (verifier, completion, ground truth, context); False if the child cannot be relied on any more."""
-        if wait(self.sources(), 0):
+        if wait([self.connection], 0):  # it has ended, or says something unasked
             self.kill()
             return False
         name, *_ = part
@@ -433,11 +432,10 @@ class Worker:
 
     def connect(self):
         """Reads from the supervisor: the next child, or the end of it, and then starts another."""
-        message, fds, *_ = socket.recv_fds(self.control, 32, 2, socket.MSG_CMSG_CLOEXEC)
+        message, fds, *_ = socket.recv_fds(self.control, 32, 1, socket.MSG_CMSG_CLOEXEC)
         if fds:
-            connection, self.ended = fds
             self.pid = int(message)
-            self.connection = socket.socket(fileno=connection)
+            self.connection = socket.socket(fileno=fds[0])
             self.failed_starts = 0
             return
         self.failed_starts += 1
@@ -451,9 +449,8 @@ class Worker:
         if self.connection is None:
             return
         with suppress(ProcessLookupError):  # it may just have died
-            signal.pidfd_send_signal(self.ended, SIGKILL)
+            os.kill(self.pid, SIGKILL)
         self.connection.close()
-        os.close(self.ended)
         self.connection = self.job = None
 
     def close(self):
@@ -508,20 +505,21 @@ def supervise(arguments: str, control: str, caller: str):
             die_with(supervisor)
             serve(ours)
             os._exit(0)
-        ended = os.pidfd_open(pid)
         ours.close()
         try:
-            socket.send_fds(control, [str(pid).encode()], [theirs.fileno(), ended])
+            socket.send_fds(control, [str(pid).encode()], [theirs.fileno()])
         except OSError:
             return  # the caller has closed
         theirs.close()
-        os.close(ended)
         os.waitpid(pid, 0)
         end_orphans()
 
 
 def end_orphans():
-    """Ends the processes that a child's verifiers have started and left behind: they are this one's children now."""
+    """Ends what a child's verifiers have started and left behind, children of this process now.
+
+    They may hold the child's socket, and the caller sees the child's end when nobody does.
+    """
     with suppress(OSError):
         while orphans := sandbox.family(os.getpid())[1:]:
             for pid in orphans:

@@ -197,15 +197,20 @@ IMPORTS = "import ctypes, os, select, sys, threading, time\n"
 def test_programs_that_sleep_are_stopped(name, monkeypatch):
     """After seconds without processor time; the slow suite has the limits as they are."""
     monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1)
-    verdict = judge("code_stdio", block(IMPORTS + SLEEPERS[name]), [{"input": "", "output": "5"}])
-    assert (verdict.reward, verdict.reason) == (0.0, "timeout")
-    assert "slept" in verdict.answer
+    result = sandbox.run(IMPORTS + SLEEPERS[name], "")
+    assert (result.is_late, result.error) == (True, "slept for 1 s more than it computed")
+    assert 1 < result.seconds < 5
 
 
-def test_functions_that_sleep_are_stopped(monkeypatch):
+def test_sleep_is_judged(monkeypatch):
+    """It is the program's doing: not right, for the reason `timeout`."""
     monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1)
-    verdict = judge("code", block("import time\ndef f(x): time.sleep(600)"), ["assert f(1) == 2"])
-    assert (verdict.reward, verdict.reason) == (0.0, "timeout")
+    for verdict in (
+        judge("code_stdio", block("import time\ntime.sleep(600)"), [{"input": "", "output": "5"}]),
+        judge("code", block("import time\ndef f(x): time.sleep(600)"), ["assert f(1) == 2"]),
+    ):
+        assert (verdict.reward, verdict.reason) == (0.0, "timeout")
+        assert "slept" in verdict.answer
 
 
 @pytest.mark.slow
@@ -345,6 +350,15 @@ def test_a_forking_verifier_changes_no_other_verdict(pool):
     while any(len(sandbox.family(worker.process.pid)) > 2 for worker in pool.workers):  # a supervisor and its child
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_worker_that_has_company_is_replaced():
+    """Threads and processes that a verifier leaves behind would use the next one's time."""
+    with Pool(1) as pool:
+        for how, stays in (("nothing", True), ("stays", False), ("a command", False), ("a thread", False)):
+            verdicts = pool.score([("forks", "right", how), ("forks", "right", "nothing"), ("forks", "right", "nothing")])
+            pids = [verdict.answer for verdict in verdicts]
+            assert (pids[0] == pids[1], pids[1] == pids[2]) == (stays, True), how
 
 
 def test_what_stays_behind_ends_with_the_pool():
