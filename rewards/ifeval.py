@@ -27,6 +27,7 @@ import json
 import operator
 import os
 import re
+import unicodedata
 from itertools import pairwise
 from typing import NamedTuple, NewType
 
@@ -34,6 +35,7 @@ import regex
 from langdetect import DetectorFactory, LangDetectException, detect
 from langdetect.detector_factory import PROFILES_DIRECTORY
 
+from rewards.strings import SPACELESS
 from rewards.verifiers import Verdict, verifier
 
 DetectorFactory.seed = 0  # langdetect samples; the same text shall get the same language every time
@@ -77,10 +79,15 @@ def compare(count, relation, n, tolerance=None):
 
 def occurrences(text, keyword, whole_words):
     """How often `keyword` is in the text in any case, as plain text and, if asked, not as a part of longer words."""
+    text = unicodedata.normalize("NFC", text)
+    keyword = unicodedata.normalize("NFC", keyword)
     if not whole_words:
         return text.lower().count(keyword.lower())
-    # Not \b as in the reference: after C++ that would ask for a word character.
-    return len(re.findall(rf"(?<!\w){re.escape(keyword)}(?!\w)", text, re.IGNORECASE))
+    # Not \b as in the reference: after C++ that would ask for a word character. And some scripts have no spaces.
+    letter = rf"[[\w\p{{M}}]--{SPACELESS}]"
+    before = "" if regex.match(SPACELESS, keyword[0]) else f"(?<!{letter})"
+    after = "" if regex.match(SPACELESS, keyword[-1]) else f"(?!{letter})"
+    return len(regex.findall(f"(?V1i){before}{regex.escape(keyword)}{after}", text))
 
 
 def sentences(text):
@@ -116,6 +123,8 @@ def ends_sentence(word, following):
         return False
     if re.fullmatch(r"([^\W\d_]\.)+|Ph\.D\.", word):
         return following.lstrip("\"'“‘([*_") in STARTERS
+    if stem in ENDINGS and following[:1].isdecimal():
+        return False  # Jan. 5
     may_go_on = stem in ENDINGS or stem.endswith(tuple(".0123456789"))
     return not (may_go_on and following[:1].islower())
 

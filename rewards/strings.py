@@ -104,7 +104,7 @@ WORDS = rf"""(?xV1)
     | [\p{{Katakana}}ー]+                                          # words of other languages in Japanese
     | {SPACELESS} \p{{M}}*                                         # where words have no spaces, every letter
     | \p{{Hangul}}                                                 # likewise, from the beginning of a word on
-    | [[\p{{L}}\p{{M}}_]--[{SPACELESS}\p{{Hangul}}\p{{Katakana}}]]+ (?: (?<=n)'t\b )?
+    | [[\p{{L}}\p{{M}}_]--[{SPACELESS}\p{{Hangul}}\p{{Katakana}}]]+ (?: (?<=n)'t\b | \+\+ | \# )?
     | \S
 """
 

@@ -20,6 +20,7 @@ GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund, weil er sehen
 CASES = {
     "keywords:existence": [
         ({"keywords": ["fox", "Dog"]}, ["A FOX and a dog.", "foxes, dogs"], ["a fox", ""]),
+        ({"keywords": ["北京", "café"]}, ["北京的CAFE\u0301s"], ["北京的cafe"]),
         ({"keywords": ["a.c"]}, ["a.c"], ["abc"]),  # not a pattern
         ({"keywords": ["(("]}, ["(("], ["("]),
     ],
@@ -31,6 +32,8 @@ CASES = {
     ],
     "keywords:forbidden_words": [
         ({"forbidden_words": ["cat", "dog"]}, ["category dogma", "bird"], ["A Cat.", "hot-dog", "dog"]),
+        ({"forbidden_words": ["北京", "กรุงเทพ", "Python"]}, ["南京", "我用Pythonic"], ["我在北京。", "คือกรุงเทพครับ", "我用Python编程", "PYTHON"]),
+        ({"forbidden_words": ["पहल", "café"]}, ["पहली", "cafés", "cafe\u0301s"], ["यह पहल है", "un cafe\u0301", "CAFÉ!"]),
         ({"forbidden_words": ["C++"]}, ["C", "C+", "xC++"], ["c++", "use C++, now", "C++"]),
         ({"forbidden_words": ["cat"], "whole_words": False}, ["bird"], ["category"]),
     ],
@@ -46,8 +49,8 @@ CASES = {
     "length_constraints:number_sentences": [
         ({"num_sentences": 3, "relation": "at least"}, ["One. Two! Three?", "One. two. three", "“One.” (Two.) Three."], ["One. Two."]),
         ({"num_sentences": 2, "relation": "less than"}, ["Mr. Smith met Dr. J. R. Jones.", "It cost 3.50 at 1. street", "See (e.g. U.S. law", "wait... what", "word", "No end\nhere", "rice, etc. and more"], ["One. Two", "Really?! Yes", "Wait... What", "It cost 5. He paid", "Rice, etc. More"]),
-        ({"num_sentences": 2, "relation": "exactly"}, ["1. Wash it. 2. Dry it.", "1. Wash it.\n2. Dry it.", "a. Wash it.\nb. Dry it.", "**1.** Wash it! **2.** Dry it!", "He was born in 1990. The war began.", "It ends at 5. The bus left."], ["1. Wash it. And dry it. 2. Iron it.", "1. Wash it"]),
-        ({"num_sentences": 2, "relation": "exactly"}, ["He lives in the U.S. It is large.", "She has a Ph.D. She works.", "Come at 5 p.m. We eat.", "This is plan B. The rest is clear.", "\"I live in the U.S.\" He left.", "wait… What"], ["He lives in the U.S. and likes it.", "The U.S. Army won.", "J. R. R. Tolkien wrote", "See e.g. The Hobbit", "wait… what"]),
+        ({"num_sentences": 2, "relation": "exactly"}, ["1. Wash it. 2. Dry it.", "1. Wash it.\n2. Dry it.", "Steps:\n1. Wash it.\n2. Dry it.", "a. Wash it.\nb. Dry it.", "**1.** Wash it! **2.** Dry it!", "He was born in 1990. The war began.", "It ends at 5. The bus left."], ["1. Wash it. And dry it. 2. Iron it.", "1. Wash it"]),
+        ({"num_sentences": 2, "relation": "exactly"}, ["He lives in the U.S. It is large.", "She has a Ph.D. She works.", "Come at 5 p.m. We eat.", "This is plan B. The rest is clear.", "\"I live in the U.S.\" He left.", "wait… What", "It was on Jan. 5. It rained."], ["He lives in the U.S. and likes it.", "The U.S. Army won.", "J. R. R. Tolkien wrote", "See e.g. The Hobbit", "wait… what"]),
         ({"num_sentences": 3, "relation": "exactly"}, ["我来了。我看见了。我赢了。", "やった！すごい？「はい。」", "他说：“好。”我走了！你呢？", "मैं आया। मैंने देखा। मैं जीता।", "هل أنت هنا؟ نعم۔ حسنا!", "すごい！！本当？？はい。", "ԵՍ եկա։ Տեսա։ Հաղթեցի։", "¿Qué? ¡Sí! Bueno."], ["我来了，我看见了，我赢了。", "π是3.14。对。", "我来了。", "「はい。」。。"]),
         ({"num_sentences": 3, "relation": "around"}, ["Go on. Stop.", "Go on. Stop. Go on. Stop."], ["Go on.", "Yes. " * 5]),
         ({"num_sentences": 30, "relation": "around"}, ["Hi you. " * 31], ["Hi you. " * 32]),
