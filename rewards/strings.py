@@ -19,7 +19,7 @@ SIGNS = str.maketrans(dict.fromkeys("‘’‚‛′ʼ`´", "'") | dict.fromkeys
 UNSEEN = r"[\p{Default_Ignorable_Code_Point}\u0640\u064b-\u0652\u0670\u0591-\u05bd\u05bf\u05c1\u05c2]"
 # Sentence punctuation, quotation marks, markdown's asterisks, and all brackets but those of formulas and programs.
 ENDS = r"[[\s\p{Terminal_Punctuation}\p{Quotation_Mark}¡¿*\p{Ps}\p{Pe}\p{Pi}\p{Pf}]--[\(\)\[\]\{\}]]"
-ENDS = "".join(regex.findall(rf"(?V1){ENDS}", "".join(map(chr, range(0x20000)))))
+ENDS = "".join(regex.findall(rf"(?V1){ENDS}", "".join(map(chr, range(0x10000)))))
 
 
 def normalised(text, turkish: bool = False) -> str:

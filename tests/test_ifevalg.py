@@ -20,7 +20,7 @@ CASES = {
         (
             {"phrase": PHRASE, "small_n": 2},
             ["Dance like everybody is watching you. Dance like nobody was watching you!", "“Dance like NO is watching you,”\nshe said: dance like nobody is hearing you"],
-            ["Dance like everybody is watching you.", f"Dance like everybody is watching you. {PHRASE}", "Dance like all is watching you. Dance like some is hearing you.", "Dance like all is watching you. " * 3, "Dance like all is watching you. Dance like nobody watching you.", "Dance"],
+            ["Dance like everybody is watching you.", f"Dance like everybody is watching you. {PHRASE}", "Dance like all is watching you. Dance like some is hearing you.", "Dance like all is watching you. " * 3, "Dance like all is watching you. Dance like nobody watching you.", f"Dance like all is watching you. Dance like some is watching you. {PHRASE}", "Dance"],
         ),
         ({"phrase": "a b c", "small_n": 1}, ["a x c", "a a x c"], ["a b c", "a x c a y c", "x b c"]),
     ],
