@@ -501,7 +501,7 @@ class Rollouts:
         verdicts = self.pool.collect(tickets)
         samples = []
         for completion, row, text, verdict in zip(completions, row_numbers, texts, verdicts, strict=True):
-            verifier, ground_truth, weights, context = _job(rows, row)
+            [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
             parts, weights = split_job(verifier, text, ground_truth, weights, context)
             if not verdict.parts and weights[0] not in (0, GATE):
                 verdict = verdict._replace(parts=((parts[0][0], verdict.reward / weights[0]),))
@@ -533,7 +533,7 @@ class Rollouts:
         # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
         if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
             judged = "<think>" + text
-        verifier, ground_truth, weights, context = _job(rows, row)
+        [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
         ticket = self.pool.submit((verifier, judged, ground_truth, weights, context))
         self.tickets[_number(completion)] = text, ticket
 
@@ -592,8 +592,7 @@ class Rollouts:
         """Raises RunError, on every rank, if a verifier does not exist or cannot use the ground truth of a row."""
         mine = self._my_share(range(len(rows)))
         jobs = []
-        for row in mine:
-            verifier, ground_truth, weights, _ = _job(rows, row)
+        for verifier, ground_truth, weights, _ in _jobs(rows, mine):
             jobs.append((verifier, None, ground_truth, weights))
         problems = [(mine[i], message) for i, message in self.pool.check(jobs).items()]
         problems = sorted(self._gather(problems))
@@ -606,8 +605,8 @@ class Rollouts:
         """Leaves out the rows that fail the audit, the same on every rank, and the same when the run goes on."""
         mine = []
         jobs = []
-        for row in self._my_share(range(len(rows))):
-            verifier, ground_truth, weights, context = _job(rows, row)
+        share = self._my_share(range(len(rows)))
+        for row, (verifier, ground_truth, weights, context) in zip(share, _jobs(rows, share), strict=True):
             if set(_names(verifier)) & set(CODE):
                 mine.append(row)
                 jobs.append((verifier, (context or {}).get("reference"), ground_truth, weights))
@@ -626,7 +625,10 @@ class Rollouts:
         problems = dict(problems)
         if _rank() == 0:
             _write_json(path, known | {rows.fingerprint: problems})
-            tqdm.write(report(problems, rows.table["row"], total))
+            numbers = {row: rows.where(row).rpartition("row ")[2] for row in problems}
+            if len(rows.sources) > 1:
+                numbers = {row: f"{number} of {rows.where(row).rpartition(',')[0]}" for row, number in numbers.items()}
+            tqdm.write(report(problems, numbers, total))
         left = [row for row in range(len(rows)) if row not in problems]
         if len(left) < at_least:
             raise common.RunError(f"only {len(left)} of {len(rows)} rows pass the audit; --no_audit takes them all")
@@ -683,10 +685,11 @@ def _world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _job(rows, row):
-    """(verifiers, ground truths, weights, context) of a row, each or None; see jobs.py."""
-    job = json.loads(rows.table["job"][row])
-    return (*job, None) if len(job) == 3 else tuple(job)
+def _jobs(rows, row_numbers):
+    """Yields (verifiers, ground truths, weights or None, context or None) of rows; see jobs.py."""
+    for text in rows.table.select(row_numbers)["job"]:
+        job = json.loads(text)
+        yield (*job, None) if len(job) == 3 else tuple(job)
 
 
 def _write_json(path, value):
