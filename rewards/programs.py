@@ -5,6 +5,7 @@ of code in a completion `program_in` says which is the program.
 """
 
 import ast
+import builtins
 import json
 import re
 import textwrap
@@ -13,7 +14,7 @@ from functools import lru_cache
 
 from rewards import sandbox, verifiers
 from rewards.equality import same_output
-from rewards.program_tests import Tests, parse_tests
+from rewards.program_tests import LIBRARIES, Tests, library_names, parse_tests
 from rewards.verifiers import Verdict, not_judged, verifier
 
 SECONDS = 20  # of processor time and sleep, for all tests of a program; tests that are left then have failed
@@ -66,9 +67,9 @@ def run(program: str, tests: Tests, stops: bool) -> tuple[list[str | None], bool
     elif tests.calls:
         pieces = call_pieces(tests.function or only_function(program), tests.calls)
         total = len(pieces)
-        failures, is_late = run_pieces(program, Tests(pieces=pieces, is_test=[True] * total), stops)
+        failures, is_late = run_pieces(with_imports(program), Tests(pieces=pieces, is_test=[True] * total), stops)
     else:
-        failures, is_late = run_pieces(program, tests, stops)
+        failures, is_late = run_pieces(with_imports(program, tests.names), tests, stops)
         total = sum(tests.is_test)
     return failures + ["not run"] * (total - len(failures)), is_late
 
@@ -127,6 +128,40 @@ def call_pieces(function: str, calls: list[tuple[list, list]]) -> list[str]:
         arguments = f"{function!r}, *json.loads({json.dumps(call)!r})"
         pieces.append(f"import harness, json\nharness.check_call({arguments})")
     return pieces
+
+
+def with_imports(program: str, names=("Solution",)) -> str:
+    """A program with the imports that its authors' harness has for it.
+
+    LeetCode's and LiveCodeBench's have those of many libraries, for a class Solution and for calls; HumanEval's has those
+    of the prompt, which are names of `typing`. A script has to have its own.
+    """
+    tree = parse_python(program)
+    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    lines = []
+    for name in sorted(loaded & library_names().keys() - dir_of(tree)):
+        line = library_names()[name]
+        if "Solution" in names or line.startswith("from typing"):
+            lines.append(line)
+    if "Solution" in names:
+        lines += [f"import {name}" for name in sorted(loaded & set(LIBRARIES) - dir_of(tree))]
+    if not lines or "__future__" in program:
+        return program
+    return "; ".join(lines) + "\n" + program
+
+
+def dir_of(tree: ast.Module) -> set[str]:
+    """All names that a program binds anywhere, and the built-in ones."""
+    names = set(dir(builtins))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.alias(name=name, asname=asname):
+                names.add(asname or name.split(".")[0])
+    return names
 
 
 def only_function(program: str) -> str:

@@ -97,7 +97,7 @@ def test_published_forms(form):
         ([{"input": "1", "output": "1", "testtype": "stdin"}, {"input": "1", "output": "1", "testtype": "functional"}], "several types"),
         ([{"input": "1", "output": "1", "fn_name": "f"}, {"input": "1", "output": "1", "fn_name": "g"}], "several functions: f, g"),
         ([{"input": [1], "output": 2}], "test 1 needs the strings `input` and `output` .a call of a function, `fn_name`"),
-        ("eJxrYFacwgABEDAeAAyzAjY=", "no name that a program could define|not Python"),
+        ("eJxrYFacwgABEDAeAAyzAjY=", "compressed tests"),
         ('["assert f(1)', "neither JSON nor Python: "),
         ({"tests": ["assert f(1) == 1"], "score": "half"}, "`score` is 'half'; there are"),
         ({"tests": ["assert f(1) == 1"], "threshold": 2}, "`threshold` is 2, expected a share"),
@@ -111,6 +111,24 @@ def test_published_forms(form):
 def test_forms_that_are_refused_by_name(tests, message):
     with pytest.raises(ValueError, match=message):
         parse_tests(tests)
+
+
+@pytest.mark.parametrize(
+    ("source", "tests", "expected"),
+    [
+        ("class Solution:\n    def f(self, x: List[int]) -> Optional[int]: return math.gcd(*x) + Counter(x)[9]", {"fn_name": "f", "inputs": [[[4, 6]]], "outputs": [2]}, 1),
+        ("class Solution:\n    def f(self, x: List[int]): return inf if x else max(x)", {"tests": "assert Solution().f([1]) == float('inf')"}, 1),
+        ("def f(x: List[int]) -> Dict[int, Any]: return {1: x}", ["assert f([1]) == {1: [1]}"], 1),
+        ("def f(x): return math.floor(x)", ["import math", "assert f(1.5) == math.floor(1.5)"], 0),
+        ("def f(x): return Counter(x)", ["assert f('a') == {'a': 1}"], 0),
+        ("from __future__ import annotations\ndef f(x: List[int]): return x", ["assert f(1) == 1"], 1),
+        ("List = 3\ndef f(x): return List", ["assert f(1) == 3"], 1),
+        ("def f(pow): return pow(2)", {"fn_name": "f", "inputs": [[1]], "outputs": [2]}, 0),
+        ("print(math.floor(1.5))", [{"input": "", "output": "1"}], 0),
+    ],
+)  # fmt: skip
+def test_imports_are_as_in_the_authors_harness(source, tests, expected):
+    assert reward(source, tests).reward == expected, reward(source, tests)
 
 
 def test_a_state_is_not_shared_between_calls_of_a_solution():
@@ -478,7 +496,7 @@ FORGERS = [
     "def f(x): raise KeyboardInterrupt",
     "def f(x): raise StopIteration",
     "class AssertionError(Exception): pass\ndef f(x): raise AssertionError",
-    "import harness, remote\nfor m in (harness, remote):\n    for n in dir(m):\n        if callable(getattr(m, n)) and n[0] != '_': setattr(m, n, lambda *a, **k: 2)\ndef f(x): return 0",
+    "import remote\nfor n in dir(remote):\n    if callable(getattr(remote, n)) and n[0] != '_': setattr(remote, n, lambda *a, **k: 2)\ndef f(x): return 0",
     "import remote\nremote.End.encode = lambda self, value: {'builtin': 'object'}\ndef f(x): return 0",
     "import remote\nremote.End.encode = lambda self, value: {'yours': 0}\ndef f(x): return 0",
     "import remote\nremote.End.encode = lambda self, value: {'argument': 0}\ndef f(x): return 0",
