@@ -133,8 +133,8 @@ def call_pieces(function: str, calls: list[tuple[list, list]]) -> list[str]:
 def with_imports(program: str, names=("Solution",)) -> str:
     """A program with the imports that its authors' harness has for it.
 
-    LeetCode's and LiveCodeBench's have those of many libraries, for a class Solution and for calls; HumanEval's has those
-    of the prompt, which are names of `typing`. A script has to have its own.
+    LeetCode's and LiveCodeBench's have those of many libraries, for a class Solution and for calls. HumanEval's has the
+    prompt's, which are names of `typing`. A script has to have its own.
     """
     tree = parse_python(program)
     loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}

@@ -378,6 +378,8 @@ def prepare_interpreter(source: str):
     import builtins
 
     builtins.exit = builtins.quit = sys.exit  # `site` would define them
+    open_file = builtins.open  # there is no /dev/stdin in the root folder of its own
+    builtins.open = lambda file, *args, **kwargs: open_file(0 if file == "/dev/stdin" else file, *args, **kwargs)
     if "random" in source:
         import random
 
