@@ -143,7 +143,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
         loss = torch.zeros((), **exact)
         logprobs, entropy = torch.zeros(2, len(hidden), **exact)  # (T,) each
-        V = len(weight)
+        transform = transform._replace(V=len(weight))
         d_hidden = None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.zeros_like(hidden)  # (T, H)
@@ -155,20 +155,20 @@ class _LinearTokenLoss(torch.autograd.Function):
             h = hidden[chunk]  # (C, H)
             y = targets[chunk]  # (C,)
             logits = _matmul(h, padded.T)  # (C, W) (1)
-            chunk_logprobs, softmax = rows.statistics(logits, y, transform, with_entropy, V)  # (2) to (5)
+            chunk_logprobs, softmax = rows.statistics(logits, y, transform, with_entropy)  # (2) to (5)
             chunk_loss, upstream = _differentiate(token_loss, chunk_logprobs, softmax.entropy, chunk)
             loss += chunk_loss
             logprobs[chunk] = chunk_logprobs
             if with_entropy:
                 entropy[chunk] = softmax.entropy
             if any(ctx.needs_input_grad):
-                d_logits = rows.gradient_(logits, y, softmax, upstream, transform, h.dtype, V)  # (C, W) (6), (7)
+                d_logits = rows.gradient_(logits, y, softmax, upstream, transform, h.dtype)  # (C, W) (6), (7)
             if d_hidden is not None:
                 d_hidden[chunk] = d_logits @ padded  # (8)
             if d_weight is not None:
                 _add_matmul(d_weight, d_logits.T, h, first=number == 0)  # (9)
             logits = d_logits = None  # before the next chunk's are made
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight[:V])
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight[: len(weight)])
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy
@@ -219,9 +219,10 @@ class _LinearLogprobs(torch.autograd.Function):
         exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
         logprobs, entropy, logsumexp = torch.zeros(3, len(hidden), **exact)  # (T,) each
         padded = _pad(weight)  # (W, H)
+        transform = transform._replace(V=len(weight))
         for chunk in trained.split(CHUNK):
             logits = _matmul(hidden[chunk], padded.T)  # (C, W) (1)
-            chunk_logprobs, softmax = rows.statistics(logits, targets[chunk], transform, V=len(weight))  # (2) to (5)
+            chunk_logprobs, softmax = rows.statistics(logits, targets[chunk], transform)  # (2) to (5)
             logprobs[chunk] = chunk_logprobs
             logsumexp[chunk] = softmax.logsumexp
             entropy[chunk] = softmax.entropy
@@ -246,9 +247,10 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, len(weight), size):
             piece = slice(start, min(start + size, len(weight)))
             U = piece.stop - start
+            transform = ctx.transform._replace(V=U)
             w = _pad(weight[piece])  # (X, H)
             logits = _matmul(h, w.T)  # (N, X) (1)
-            d_logits = rows.gradient_(logits, y - start, softmax, upstream, ctx.transform, h.dtype, U)  # (6), (7)
+            d_logits = rows.gradient_(logits, y - start, softmax, upstream, transform, h.dtype)  # (N, X) (6), (7)
             if ctx.needs_input_grad[0]:
                 _add_matmul(d_h, d_logits, w, first=start == 0)  # (8)
             if d_weight is not None:

@@ -40,6 +40,7 @@ class Transform(NamedTuple):
 
     temperature: float = 1.0  # τ > 0
     softcap: float | None = None  # c > 0, or None for no soft-cap
+    V: int | None = None  # how many columns of a row count; None for all
 
 
 class Softmax(NamedTuple):
@@ -56,22 +57,20 @@ class Upstream(NamedTuple):
     d_entropy: torch.Tensor | None  # (C,) e, or None for 0
 
 
-def statistics(logits, targets, transform, with_entropy=True, V=None):
+def statistics(logits, targets, transform, with_entropy=True):
     """Log-probability of the target, log-sum-exp and entropy of every row.
 
     Args:
         logits: (C, W) raw logits. targets: (C,) int64 in [0, V).
         transform: the Transform.
-        V: how many of the W columns count; by default all.
         with_entropy: False saves two passes over the logits where PyTorch computes it.
 
     Returns:
         logprobs (C,) in nats, in the dtype of the logits; and their Softmax.
     """
-    V = V or logits.shape[1]
     if use_triton(logits):
-        return _triton_statistics(logits, targets, transform, V)
-    z = _transform(logits[:, :V], transform)  # (2)
+        return _triton_statistics(logits, targets, transform)
+    z = _transform(logits[:, : transform.V], transform)  # (2)
     logsumexp = z.logsumexp(dim=1)  # (3)
     target_z = z.gather(1, targets[:, None])[:, 0]
     logprobs = target_z - logsumexp  # (4)
@@ -83,7 +82,7 @@ def statistics(logits, targets, transform, with_entropy=True, V=None):
     return logprobs, Softmax(logsumexp, entropy)
 
 
-def gradient_(logits, targets, softmax, upstream, transform, dtype=None, V=None):
+def gradient_(logits, targets, softmax, upstream, transform, dtype=None):
     """dL/d logits, in the memory of the logits, which are lost.
 
     Args:
@@ -93,15 +92,14 @@ def gradient_(logits, targets, softmax, upstream, transform, dtype=None, V=None)
         upstream: the Upstream.
         transform: the Transform, as for `statistics`.
         dtype: of the result; default that of the logits.
-        V: how many of the W columns count; by default all.
 
     Returns:
         (C, W) gradient. With a smaller dtype than the logits' its rows are W apart in bytes of theirs, not contiguous.
     """
     dtype = dtype or logits.dtype
-    V = V or logits.shape[1]
+    V = transform.V or logits.shape[1]
     if use_triton(logits):
-        return _triton_gradient_(logits, targets, softmax, upstream, transform, dtype, V)
+        return _triton_gradient_(logits, targets, softmax, upstream, transform, dtype)
     z = _transform(logits, transform)  # (2)
     slope = _slope(z, transform)  # before z is written over
     d_z = _gradient_by_z_(z, softmax, upstream)
@@ -159,7 +157,7 @@ def use_triton(logits):
 # ---------------------------------------------------------------------------------------------------------- Triton
 
 
-def _triton_statistics(logits, targets, transform, V):
+def _triton_statistics(logits, targets, transform):
     """`statistics` by one program for each row."""
     C, W = logits.shape
     logprobs, logsumexp, entropy = torch.empty(3, C, dtype=logits.dtype, device=logits.device)
@@ -170,7 +168,7 @@ def _triton_statistics(logits, targets, transform, V):
         logprobs,
         logsumexp,
         entropy,
-        V,
+        transform.V or W,
         W,
         transform.temperature,
         transform.softcap or 0.0,
@@ -181,7 +179,7 @@ def _triton_statistics(logits, targets, transform, V):
     return logprobs, Softmax(logsumexp, entropy)
 
 
-def _triton_gradient_(logits, targets, softmax, upstream, transform, dtype, V):
+def _triton_gradient_(logits, targets, softmax, upstream, transform, dtype):
     """`gradient_` by one program for each row."""
     C, W = logits.shape
     gradient = logits.view(dtype)[:, :W]  # in 16 bits: the first half of each row's bytes
@@ -200,7 +198,7 @@ def _triton_gradient_(logits, targets, softmax, upstream, transform, dtype, V):
         entropy,
         upstream.d_logprobs,
         d_entropy,
-        V,
+        transform.V or W,
         W,
         transform.temperature,
         transform.softcap or 0.0,

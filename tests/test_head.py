@@ -145,12 +145,12 @@ def test_columns_beyond_the_vocabulary_do_not_count(path, dtype, V, W):
         logits = torch.full((6, W), torch.nan, device=device)
         logits[:, :V] = torch.randn(6, V)
         narrow, y = logits[:, :V].clone(), y.to(device)
-        logprobs, softmax = rows.statistics(logits, y, transform, V=V)
+        logprobs, softmax = rows.statistics(logits, y, transform._replace(V=V))
         expected, narrow_softmax = rows.statistics(narrow, y, transform)
         for a, b in zip((logprobs, *softmax), (expected, *narrow_softmax), strict=True):
             assert torch.equal(a, b)
         upstream = rows.Upstream(torch.randn(6, device=device), torch.randn(6, device=device))
-        gradient = rows.gradient_(logits, y, softmax, upstream, transform, dtype, V)
+        gradient = rows.gradient_(logits, y, softmax, upstream, transform._replace(V=V), dtype)
         assert gradient.shape == (6, W) and not gradient[:, V:].any()
         assert torch.equal(gradient[:, :V], rows.gradient_(narrow, y, softmax, upstream, transform, dtype))
 
