@@ -2,8 +2,8 @@
 
     mathematics.py     gsm8k, math
     programs.py        code, code_stdio
-    ifeval.py          ifeval, ifeval_loose
-    strings.py         exact, contains
+    ifeval.py          ifeval, ifeval_strict, ifeval_loose; ifevalg.py has the instructions of OLMo 3
+    strings.py         exact, contains, string_f1, format
 
 A verifier is named in a row's column `dataset`, as in the published RLVR data. A new one is a function with a
 decorator, in a file of yours, for `--rewards FILE` of the scripts:
