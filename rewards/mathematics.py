@@ -416,6 +416,7 @@ def split(latex: str, separator: str) -> list[str]:
 
 
 EQUALS = r"=|\\equiv(?![a-zA-Z])"
+RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
 APPROXIMATELY = r"\\approx(?![a-zA-Z])"
 LIST = r"[,;]|\\text\{ *(?:or|and) *\}|\bor\b|\band\b|\\lor(?![a-zA-Z])"
 SYMBOL = re.compile(r"[a-zA-Z]\w*")
@@ -567,6 +568,11 @@ class Gold(NamedTuple):
     choice: str
 
 
+NAME_OF_GOLD = re.compile(  # no variable alone: y = 2x + 3 is an equation
+    r"\\text\{[^{}]*\}|m?\\angle.*|\\overline\{[A-Z]*\}|\([a-z, ]*\)|[a-zA-Z]_(?:\{[^{}]*\}|\w)|[a-zA-Z]\([^()]*\)"
+)
+
+
 def gold_formula(ground_truth) -> Gold:
     """A ground truth, which is a formula, in dollars or not, or a solution. Raises ValueError if it cannot be read."""
     text = as_latex(as_text(ground_truth))
@@ -585,12 +591,6 @@ def gold_formula(ground_truth) -> Gold:
     if not formula:
         raise ValueError(f"math-verify cannot read {ground_truth!r}")
     return Gold(latex, value, formula, unit, base, choice)
-
-
-NAME_OF_GOLD = re.compile(  # no variable alone: y = 2x + 3 is an equation
-    r"\\text\{[^{}]*\}|m?\\angle.*|\\overline\{[A-Z]*\}|\([a-z, ]*\)|[a-zA-Z]_(?:\{[^{}]*\}|\w)|[a-zA-Z]\([^()]*\)"
-)
-RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
 
 
 @verifier("math", gold=gold_formula)
@@ -613,9 +613,11 @@ def is_right(latex: str, gold: Gold) -> bool | None:
         if clock(latex):
             pairs = zip(clock(latex), clock(gold.latex), strict=True)
             return all(ours == theirs or "" in (ours, theirs) for ours, theirs in pairs)
-        if "m" in spelled(gold.latex):
+        if clock(gold.latex)[2]:
             return False
     value, choice = without_choice(latex)
+    if choice and re.search(r"\b(?:[A-Z]|or|and|not)\b", value):
+        return None  # (A) or (C)
     if choice and gold.choice and (choice != gold.choice or not value or gold.value == gold.latex):
         return choice == gold.choice
     if not value or re.search("[A-Z]", gold.value):
@@ -633,14 +635,16 @@ def has_value(latex: str, gold: Gold) -> bool | None:
     if is_continuous(gold.formula[0]) and RELATION.search(latex):
         return is_solution_set(latex, gold)
     parts = [part for part in split(latex, LIST) if part]
-    if "=" in gold.value:
-        name, *_, right_side = split(gold.value, EQUALS)
-        if len(parts) > 1 or not SYMBOL.fullmatch(name) or latex.count("=") == 1 and split(latex, EQUALS)[0] != name:
-            return is_equal(latex, gold)
-        gold = gold._replace(value=right_side, formula=parse_formula(right_side))  # x = 2 + 3 = 5
+    name, *others = split(gold.value, EQUALS)
+    if others:
+        is_other_equation = latex.count("=") == 1 and split(latex, EQUALS)[0] != name
+        if len(parts) > 1 or not SYMBOL.fullmatch(name) or is_other_equation:
+            return not is_task(latex, gold.value) and is_equal(latex, gold)
+        gold = gold._replace(value=others[-1], formula=parse_formula(others[-1]))  # x = 2 + 3 = 5
     if len(parts) > 1:
         sides = [values(part) for part in parts]
-        return all(len(part) == 1 for part in sides) and has_measure(",".join(part[0] for part in sides), gold)
+        items = ",".join(without_unit(part[0], may_be_letter=False)[0] for part in sides)
+        return all(len(part) == 1 for part in sides) and has_measure(items, gold)
     exact, *rounded = split(latex, APPROXIMATELY)
     *others, side = values(exact)
     if not rounded:
@@ -679,13 +683,13 @@ def is_equal(latex: str, gold: Gold) -> bool | None:
         return None
     if not math_verify.verify(gold.formula, formula, timeout_seconds=None):
         return False
-    return not differs(formula[0], gold.formula[0])
+    return "%" in latex + gold.value or not differs(formula[0], gold.formula[0])  # 75 may be 75 %
 
 
 def differs(one, other) -> bool:
     """Whether two numbers differ by more than a part in a million: verify rounds to six decimals, which makes 0 of
     0.0000001, and its evalf(chop=True) does the same with what is smaller yet."""
-    if "%" in str((one, other)) or not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
+    if not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
         return False
     try:
         one, other = complex(one), complex(other)
@@ -722,9 +726,9 @@ def is_solution_set(latex: str, gold: Gold) -> bool | None:
         conditions = [parse_formula(one) for one in split(alternative, r"\\text\{ *and *\}|\band\b|\\land(?![a-zA-Z])")]
         if not all(conditions):
             return None
-        if not all(is_solved(condition[0]) for condition in conditions):
-            return False
         try:
+            if not all(is_solved(condition[0]) for condition in conditions):
+                return False
             alternatives.append(sympy.Intersection(*[unwrap_fcs(condition[0]).as_set() for condition in conditions]))
         except (AttributeError, NotImplementedError, TypeError, ValueError):
             return False

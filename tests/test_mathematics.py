@@ -122,6 +122,7 @@ MATH = {  # family: (ground truth, right answers, wrong answers)
         ("12", [r"\textbf{(C)}\ 12", "(C) 12", r"\text{(C)}\ 12", r"\textbf{(C)}\,12"],
          ["(C)", r"\textbf{(C)}\ 13", "(12) 13"]),
         (r"\textbf{(C)}\ 12", ["C", "12", "(C)", r"\textbf{(C)}\ 12"], ["D", r"\textbf{(D)}\ 12", "13"]),
+        (r"\text{(A)}", ["(A)", "A) 7"], [r"\text{(A) or (C)}", "(A)(C)", "(A), (C)", "A) or B)", "(A) and not (C)", "B"]),
         (r"\text{A,D}", [r"\text{A,D}", "A,D", r"\text{A, D}"], ["A", "D"]),
         (r"\text{Yes}", ["yes", r"\text{yes}", "Yes", r"\textbf{Yes}"], ["no", r"\text{No}"]),
     ],

@@ -575,7 +575,7 @@ def test_hostile_completions(pool):
 @pytest.mark.slow
 def test_all_hostile_formulas(pool):
     verdicts = judge_hostile(pool, hostile.completions(), ["math"])
-    assert sum(verdict.reason == "timeout" for verdict in verdicts.values()) > 10
+    assert sum(verdict.reason == "timeout" for verdict in verdicts.values()) > 5
     assert [text for _, text in verdicts if verdicts["math", text].reward > 0] == []
 
 
