@@ -15,7 +15,7 @@ GATE = "gate"  # in place of a weight
 
 
 def failure_rates(verdicts: list[Verdict]) -> dict[str, float]:
-    """The shares of completions that were not judged, as metrics."""
+    """Shares of completions, as metrics: no answer; over a limit of time (a verifier or a program); a verifier died."""
     counts = Counter(verdict.reason for verdict in verdicts)
     total = max(len(verdicts), 1)
     return {f"{reason}_rate": counts[reason] / total for reason in ("unparsed", "timeout", "crash")}
@@ -31,6 +31,8 @@ def split_job(verifiers, completion, ground_truths, weights=None, context=None) 
         ground_truths = [ground_truths]
         if weights is not None:
             weights = [weights]
+    if not isinstance(verifiers, list) or not verifiers:
+        fail(f"the verifier is {verifiers!r}, expected a name or a list of names")
     if weights is None:
         weights = [1.0] * len(verifiers)
     if not isinstance(ground_truths, list) or not len(verifiers) == len(ground_truths) == len(weights):
