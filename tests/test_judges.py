@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 from collections import Counter
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,9 +34,9 @@ class Endpoint(ThreadingHTTPServer):
 
     request_queue_size = 256
 
-    def __init__(self, reply, delay=0.0):
+    def __init__(self, reply):
         super().__init__(("127.0.0.1", 0), Request)
-        self.reply, self.delay = reply, delay
+        self.reply = reply
         self.asked, self.temperatures, self.keys = Counter(), [], set()
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
 
@@ -56,7 +55,6 @@ class Request(BaseHTTPRequestHandler):
             server.asked[question] += 1
             server.temperatures.append(request["temperature"])
             server.keys.add(self.headers["authorization"])
-        time.sleep(server.delay)
         reply = server.reply(question, server.asked[question])
         with server.lock:
             server.at_once -= 1
@@ -69,7 +67,7 @@ class Request(BaseHTTPRequestHandler):
             usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
             body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
         if isinstance(reply, int):
-            status, body = reply, {"error": {"message": f"no, {self.headers['authorization']}", "code": reply}}
+            status, body = reply, {"error": {"message": f"no, {self.headers['authorization'].split()[1]}", "code": reply}}
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         with suppress(OSError):
             self.send_response(status)
@@ -84,11 +82,11 @@ class Request(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint(tmp_path, monkeypatch):
-    """endpoint(reply, delay): starts one, and has judges ask it. Answers are kept in the test's folder."""
+    """endpoint(reply): starts one, and has judges ask it. Answers are kept in the test's folder."""
     servers = []
 
-    def start(reply, delay=0.0):
-        servers.append(Endpoint(reply, delay))
+    def start(reply):
+        servers.append(Endpoint(reply))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{servers[-1].server_port}/v1")
         monkeypatch.setenv("JUDGE_MODEL", "fake")
@@ -165,16 +163,21 @@ def test_an_answer_cannot_pretend_to_end():
 
 
 def test_many_questions_at_once_and_none_twice(endpoint):
-    """256 completions, 200 of them different: as many at once as there are places, in the time of four waves."""
-    server = endpoint(lambda question, times: '{"SCORE": 5}', delay=0.5)
+    """256 completions, 200 of them different. The first are answered once all places are taken, and no more ever are."""
+    full = threading.Event()
+
+    def reply(question, times):
+        if server.at_once == judges.AT_ONCE:
+            full.set()
+        assert full.wait(120)
+        return '{"SCORE": 5}'
+
+    server = endpoint(reply)
     asked = jobs(200) + jobs(56)
     with Pool(1) as pool:
-        start = time.monotonic()
         assert [verdict.reward for verdict in pool.score(asked)] == [0.5] * 256
-        seconds = time.monotonic() - start
         assert pool.judges.tokens == 200 * 42
-    assert judges.AT_ONCE // 2 < server.most_at_once <= judges.AT_ONCE
-    assert sum(server.asked.values()) == 200 and seconds < 200 * 0.5 / 8
+    assert server.most_at_once == judges.AT_ONCE and sum(server.asked.values()) == 200
     with Pool(1) as pool:  # from the disk
         assert [verdict.reward for verdict in pool.score(asked)] == [0.5] * 256
         assert pool.judges.tokens == 0
@@ -213,12 +216,12 @@ def test_what_does_not_pass_is_not_judged(endpoint, reply, monkeypatch, capfd):
 
 def test_an_endpoint_that_does_not_answer_is_left(endpoint, monkeypatch):
     monkeypatch.setattr(judges, "PATIENCE", 0.3)
-    endpoint(lambda question, times: '{"SCORE": 9}', delay=2.0)
-    start = time.monotonic()
+    is_over = threading.Event()
+    endpoint(lambda question, times: is_over.wait(120) and '{"SCORE": 9}')
     with Pool(1) as pool:
         verdict = pool.score(jobs(1))[0]
+    is_over.set()
     assert (verdict.is_judged, verdict.reason) == (False, "unjudged") and "TimeoutError" in verdict.answer
-    assert time.monotonic() - start < 1.9
 
 
 def test_an_endpoint_that_is_down_stops_the_run(endpoint, monkeypatch):
@@ -233,16 +236,17 @@ def test_an_endpoint_that_is_down_stops_the_run(endpoint, monkeypatch):
 
 
 def test_judges_and_workers_work_side_by_side(endpoint):
-    """While a judge thinks, workers judge; a ticket that is forgotten is asked for nobody."""
-    endpoint(lambda question, times: '{"SCORE": 5}', delay=1.0)
+    """While a judge thinks, workers judge; a ticket that is forgotten leaves nothing behind."""
+    thought = threading.Event()
+    endpoint(lambda question, times: thought.wait(120) and '{"SCORE": 5}')
     with Pool(1) as pool:
         slow = [pool.submit(job) for job in jobs(4)]
         quick = [pool.submit(("exact", "a", "a")) for _ in range(20)]
-        start = time.monotonic()
         assert [verdict.reward for verdict in pool.collect(quick)] == [1.0] * 20
         pool.forget(slow[:1])
+        thought.set()
         assert [verdict.reward for verdict in pool.collect(slow[1:])] == [0.5] * 3
-        assert not pool.asked and time.monotonic() - start < 3
+        assert not pool.asked and not pool.tickets
 
 
 @pytest.mark.parametrize(
@@ -393,7 +397,7 @@ def test_a_failed_judgement_is_in_no_mean_no_baseline_no_loss(start, endpoint, t
     assert KEY not in "".join(path.read_text() for path in (tmp_path / "run").glob("*.json*"))
 
 
-@pytest.mark.parametrize("script", ["grpo.py", "ppo_rlvr.py"])
+@pytest.mark.parametrize("script", ["grpo.py", pytest.param("ppo_rlvr.py", marks=pytest.mark.slow)])
 def test_failed_judgements_on_two_processes(start, endpoint, tmp_path, script):
     """Each rank asks for its share; what is learned is the same. The second run has every answer from the disk."""
     server = endpoint(judge_that_fails)
@@ -459,14 +463,13 @@ def own(tmp_path):
     return str(tmp_path / "rewards.py"), write_jsonl(tmp_path / "prompts.jsonl", rows)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("script", ["grpo.py", "ppo_rlvr.py"])
+@pytest.mark.parametrize(
+    ("script", "processes"), [("grpo.py", 1), ("ppo_rlvr.py", 1), pytest.param("grpo.py", 2, marks=pytest.mark.slow)]
+)
 def test_a_file_of_rewards_and_plain_prompts(start, own, tmp_path, script, processes):
     path, data = own
     flags = start | {"rewards": [path], "data": [data], "eval_data": [data], "eval_every": 1, "eval_samples": 2, "log_samples": 10**6}
     flags |= {"active_sampling": 0} if script == "grpo.py" else {"value_model": None}
-    if processes == 2 and script == "ppo_rlvr.py":
-        pytest.skip("the environment is the same")
     stdout, _ = run(script, processes, out=tmp_path / "run", **flags)
     assert f"--rewards {path}: even, short" in stdout
     first, line = metrics(tmp_path / "run")
