@@ -19,7 +19,7 @@ the verifiers' reward (with --reward_model_coef also the reward model's score), 
 from the value model before the first update of the batch, and is 0 after the last token; V' comes from the one in
 training. For (4), A is whitened: to mean 0 and variance 1 over the batch. L trains the policy, and --value_coef times
 L_V the value model; each has an optimizer and clipping of its own. The sums run over the completion tokens of a
-minibatch, on all ranks.
+minibatch, on all ranks. A completion that could not be judged is in none of them.
 
 `gae` and `set_advantages` have (1); `policy_loss` (2), (3) and the terms of (4); `set_rewards` (5); `value_loss` the
 terms of (6); `set_loss_weights` the denominators, and `main` the sums.

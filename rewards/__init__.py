@@ -7,6 +7,7 @@
     verifiers.py    what a verifier is; mathematics.py, programs.py, ifeval.py and strings.py have those there are
     jobs.py         what is asked: one verifier or several, with weights
     pool.py         who judges: processes that can be killed, because completions are hostile
+    judges.py       rewards that ask a model
     sandbox.py      where programs that a model wrote run
 
     python -m rewards train.jsonl samples.jsonl     # checks ground truths; scores rows that have a `completion`

@@ -154,7 +154,8 @@ def _load(source):
     try:
         names = load(source)
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(source)]
+        path = str(Path(source).resolve())
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = f", line {frames[-1].lineno}" if frames else ""
         what = f"{type(error).__name__}: {common.first_line(error)}"
         raise common.RunError(f"--rewards {source}{line} cannot be imported: {what}") from None
@@ -296,7 +297,8 @@ class Rollouts:
             sampled += found
             groups = groups + (with_signal if most_rounds else judged)
             self.rounds += 1
-            _fail_if_none_is_judged(found, f"step {step + 1}")
+            if found and not judged and not self._is_stopping():
+                _fail_if_none_is_judged(found, f"step {step + 1}")
         self.surplus = groups[size:]
         groups = groups[:size]
         if not self._is_stopping():

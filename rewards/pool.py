@@ -20,7 +20,7 @@ killed and replaced, its job gets the reason `timeout`, and the next job does no
 `MEMORY`. No clock is among them, so that a busy machine fails nobody. A verdict is a function of the completion and the
 ground truth, except at the edge of these limits.
 
-The caller never forks (it may hold CUDA), starts no thread, and reads 64 KiB of a reply at most.
+The caller never forks (it may hold CUDA), starts no thread but that of judges, and reads 64 KiB of a reply at most.
 """
 
 import ctypes
