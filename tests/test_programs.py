@@ -463,7 +463,6 @@ def test_right_programs_pass_whatever_they_return(source, tests):
 
 EVIL = """
 class E:
-    def __getattr__(self, name): return self
     def __call__(self, *given, **named): return self
     def __eq__(self, other): return True
     def __ne__(self, other): return False
@@ -485,7 +484,8 @@ FORGERS = [
     EVIL.replace("truth = True", "truth = False") + "def f(x): return E()",
     EVIL + "def f(x): return [E()]",
     EVIL + "f = E()",
-    EVIL.replace("class E", "class f").replace("def __getattr__", "def __init__(self, x): pass\n    def __getattr__"),
+    EVIL.replace("class E", "class f").replace("truth = True", "truth = True\n    def __init__(self, x): pass"),
+    EVIL.replace("truth = True", "truth = True\n    def __getattr__(self, name): return self") + "def f(x): return E()",
     EVIL.replace("class E", "class E(list)").replace("    truth", "    def more(self): pass\n    truth") + "def f(x): return E()",
     EVIL.replace("class E", "class E(int)").replace("    truth", "    def more(self): pass\n    truth") + "def f(x): return E()",
     EVIL.replace("class E", "class E(str)") + "def f(x): return E('2 3')",
@@ -512,7 +512,7 @@ JUDGES = [
     "assert abs(f(1) - 2) < 1e-6", "assert not f(1) - 2", "assert round(f(1) - 2.0, 5) == 0", "assert f(1) - 2 == 0", "assert not f(1) % 2 and f(1) > 1",
     "assert 1 < f(1) < 3", "assert f(1) >= 2 and f(1) <= 2", "assert sorted([f(1), 1, 3]) == [1, 2, 3]", "assert str(f(1)) == '2'",
     "import math\nassert math.isclose(f(1), 2)", "import numpy as np\nassert np.isclose(f(1), 2)", "import numpy as np\nassert np.array_equal(np.array(f(1)), 2)",
-    "import pytest\nassert f(1) == pytest.approx(2)", "import numpy as np\nnp.testing.assert_allclose(f(1), 2)", "assert [f(1)] == [2]", "assert (f(1),) == (2,)",
+    "import pytest\nassert f(1) == pytest.approx(2)", "assert [f(1)] == [2]", "assert (f(1),) == (2,)",
     "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 2)", "def test_f():\n    assert f(1) == 2",
     "try:\n    assert f(1) == 2\nexcept ZeroDivisionError:\n    pass", "assert max(f(1), 1) == 2", "assert sum([f(1), 1]) == 3", "assert f(1) ^ 2 == 0",
     "assert f(1) is not None and f(1) * 1.0 == 2.0", "assert {'a': f(1)} == {'a': 2}", "assert bin(f(1)) == '0b10'", "assert 'abc'[f(1)] == 'c'",
@@ -543,3 +543,10 @@ def test_a_test_cannot_be_skipped_by_the_program():
     test = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        f(1)\n        self.assertEqual(f(1), 2)"
     for source in ("import unittest\ndef f(x): raise unittest.SkipTest('x')", "class SkipTest(Exception): pass\ndef f(x): raise SkipTest"):
         assert reward(source, test).reason == "wrong"
+
+
+def test_only_an_object_of_a_class_that_the_tests_make_is_asked_what_it_contains():
+    everything = "class All:\n    def __contains__(self, x): return True\ndef f(x): return All()"
+    assert reward(everything, ["assert 2 in f(1)"]).reward == 0
+    assert reward(everything, ["assert 2 in All() and f(1) is not None and f(1) != 2 and 3 in All()"]).reward == 1
+    assert reward("def f(x): return [x + 1]", ["assert 2 in f(1)"]).reward == 1
