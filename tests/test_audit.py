@@ -184,7 +184,7 @@ def test_the_reference_solution_of_a_row(row, source):
 def test_the_report_is_one_line():
     assert report({}, [1, 2], 2) == "audit: the tests of all 2 code rows fail for programs that do nothing"
     assert report({1: "bad"}, [4, 7, 9], 3) == "audit: 1 of 3 code rows left out, their tests are worth no reward: row 7 (bad)"
-    line = report({index: "bad" for index in range(30)}, list(range(100, 130)), 30)
+    line = report(dict.fromkeys(range(30), "bad"), list(range(100, 130)), 30)
     assert line.startswith("audit: 30 of 30") and "row 102 (bad); and rows 103, 104," in line and line.endswith("119, ...")
 
 
