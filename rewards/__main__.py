@@ -38,6 +38,8 @@ WIDTH = 100  # characters of a text that is shown
 
 @dataclass
 class Args:
+    """The flags."""
+
     files: tyro.conf.Positional[list[str]]  # of rows, or a run's samples.jsonl
     rewards: list[str] = field(default_factory=list)  # files or modules of yours that define verifiers: my_rewards.py
     verifier: list[str] = field(default_factory=list)
@@ -76,21 +78,38 @@ def main(files: list[str], args: Args | None = None):
     completions = 0
     with Pool(sandbox=args.sandbox, max_failed=1.0) as pool:  # it is here that one wants to see what fails
         for path in files:
-            rows = reader.read(path)
-            check(pool, path, rows)
-            print(f"{path}: {len(rows)} ground truths")
-            if args.audit:
-                print_audit(pool, rows)
-            rows = [row for row in rows if row.completion is not None]
-            completions += len(rows)
-            if rows:
-                lines = judge_and_print(pool, rows, args)
-                if out:
-                    out.writelines(json.dumps({"file": path, **line}) + "\n" for line in lines)
+            lines = look_at(pool, path, reader.read(path), args)
+            completions += len(lines)
+            if out:
+                out.writelines(json.dumps(line) + "\n" for line in lines)
     if out:
         out.close()
     if not completions and (args.against or args.out):
         raise RunError(f"no row has a `completion`, which {'--against' if args.against else '--out'} is for")
+
+
+def look_at(pool: Pool, path: str, rows: list[Row], args: Args) -> list[dict]:
+    """Checks the rows of one file, scores those with a completion, and prints what it finds.
+
+    Returns what --out has of each completion. Raises DataError if a ground truth cannot be used.
+    """
+    for index, message in pool.check([row.for_pool() for row in rows]).items():
+        raise DataError(path, rows[index].number, message)
+    print(f"{path}: {len(rows)} ground truths")
+    if args.audit:
+        print_audit(pool, rows)
+    rows = [row for row in rows if row.completion is not None]
+    if not rows:
+        return []
+    verdicts = judge(pool, rows, args)
+    for name, judged in verdicts.items():
+        print(f"  {name + ': ' if len(verdicts) > 1 else ''}{summary(judged)}")
+    if args.against:
+        print_comparison(rows, verdicts)
+    lines = []
+    for row, *both in zip(rows, *verdicts.values(), strict=True):
+        lines.append({"file": path, **to_line(row, dict(zip(verdicts, both, strict=True)))})
+    return lines
 
 
 def open_out(path: str | None, files: list[str]):
@@ -176,12 +195,6 @@ def alone(row: dict) -> dict:
     return row
 
 
-def check(pool: Pool, path: str, rows: list[Row]):
-    """Raises DataError if a verifier cannot use the ground truth of a row."""
-    for index, message in pool.check([row.for_pool() for row in rows]).items():
-        raise DataError(path, rows[index].number, message)
-
-
 def print_audit(pool: Pool, rows: list[Row]):
     """Lists the code rows whose tests are worth no reward."""
     code, jobs = [], []
@@ -202,28 +215,24 @@ def print_audit(pool: Pool, rows: list[Row]):
 # ---------------------------------------------------------------- verdicts
 
 
-def judge_and_print(pool: Pool, rows: list[Row], args: Args) -> list[dict]:
-    """Judges completions, by two verifiers with --against, and prints what came of it.
-
-    Returns what --out has of each row.
-    """
+def judge(pool: Pool, rows: list[Row], args: Args) -> dict[str, list[Verdict]]:
+    """{name: verdicts on the rows}: of one who judges, and with --against of another."""
     named = {", ".join(name for name, *_ in split_job(*row.for_pool())[0]) for row in rows}
     own = named.pop() if len(named) == 1 else "the rows' own"
     verdicts = {own: pool.score([row.for_pool() for row in rows])}
-    print(f"  {summary(verdicts[own])}")
     if args.against:
-        other = args.against if args.against != own else f"{own} again"
-        verdicts[other] = pool.score([row.other_for_pool() for row in rows])
-        print(f"  {other}: {summary(verdicts[other])}")
-        print_comparison(rows, verdicts)
-    lines = []
-    for index, row in enumerate(rows):
-        line = {"row": row.number, "completion": row.completion, "verdicts": {}}
-        for name, judged in verdicts.items():
-            reward = judged[index].reward if judged[index].is_judged else None
-            line["verdicts"][name] = {"reward": reward, "reason": judged[index].reason, "answer": judged[index].answer}
-        lines.append(line)
-    return lines
+        name = args.against if args.against != own else f"{own} again"
+        verdicts[name] = pool.score([row.other_for_pool() for row in rows])
+    return verdicts
+
+
+def to_line(row: Row, verdicts: dict[str, Verdict]) -> dict:
+    """What --out has of a completion. A reward that is not there is null."""
+    judged = {}
+    for name, verdict in verdicts.items():
+        reward = verdict.reward if verdict.is_judged else None
+        judged[name] = {"reward": reward, "reason": verdict.reason, "answer": verdict.answer}
+    return {"row": row.number, "completion": row.completion, "verdicts": judged}
 
 
 def summary(verdicts: list[Verdict]) -> str:
