@@ -502,7 +502,8 @@ def row_job(row, messages=None):
     """[dataset, ground_truth, weights or None] of a row. Raises ValueError if one of the first two is missing."""
     for field in ("dataset", "ground_truth"):
         if row.get(field) is None:
-            raise ValueError(f"no field {field!r}; {_columns(row)}")
+            flag = " and no --verifier" if field == "dataset" else ""
+            raise ValueError(f"no field {field!r}{flag}; {_columns(row)}")
     return [row["dataset"], row["ground_truth"], row.get("weights")]
 
 
