@@ -513,7 +513,7 @@ def main(args):
         if file.is_file():
             results["sha256 of open_instruct/ground_truth_utils.py"] = hashlib.sha256(file.read_bytes()).hexdigest()
     results["missing layers of the sandbox"] = sandbox.missing_layers()
-    results["environment"] = environment("verifiers.py", *SOURCES, packages=("math-verify", "sympy", "trl", "nltk"))
+    results["environment"] = environment("verifiers.py", *SOURCES, packages=("math-verify", "sympy", "trl"))
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 
 
