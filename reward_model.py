@@ -422,8 +422,8 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
 # Flags that may differ when a run is continued: they do not change what is computed.
 RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "pass_threshold", "log_samples",
-                 "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn", "verifier_workers",
-                 "compile", "shard", "save_every"}  # fmt: skip
+                 "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn",
+                 "verifier_workers", "compile", "shard", "save_every"}  # fmt: skip
 
 
 class Run:
