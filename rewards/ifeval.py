@@ -54,7 +54,7 @@ OTHER_FULL_STOPS = regex.compile(r"(?V1)[\p{Sentence_Terminal}--[.!?]]+[\p{Pe}\p
 ITEM = re.compile(r"[(*]*([0-9]{1,2}|[A-Za-z])[.)]\**")
 # Abbreviations that never end a sentence, and those that end one unless a small letter follows.
 TITLES = set(
-    "mr mrs ms dr prof st rev hon gen col capt lt sgt rep sen gov vs approx dept est fig vol ave i.e e.g cf".split()
+    "mr mrs ms dr prof st mt rev hon gen col capt lt sgt rep sen gov vs approx dept est fig vol ave i.e e.g cf".split()
 )
 ENDINGS = set("etc inc ltd co corp jr sr al jan feb mar apr jun jul aug sep sept oct nov dec".split())
 # Words that, with a capital, begin a sentence after U.S. and other letters with full stops.

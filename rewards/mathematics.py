@@ -61,20 +61,25 @@ INTEGER = (
 )
 NUMBER = re.compile(
     r"(?P<minus>(?:(?<![\w)])-)?)\$?(?:"
-    r"(?:(?P<whole>[0-9]+) +)?(?P<numerator>[0-9]+)/(?P<denominator>[1-9][0-9]*)(?![0-9/])"  # 1/2 and 2 1/2
-    r"|(?P<comma>(?<![0-9],)[0-9]+,[0-9]{1,2})(?![0-9,])"  # 12,5
+    r"(?:(?P<whole>[0-9]+)(?: and)? +)?(?P<numerator>[0-9]+)/(?P<denominator>[1-9][0-9]*)(?![0-9/])"  # 1/2 and 2 1/2
+    r"|(?P<comma>(?<![0-9],)(?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+),[0-9]{1,2})(?![0-9,])"  # 12,5 and 1.234,50
     rf"|(?P<decimal>{INTEGER}(?:\.[0-9]+)?|\.[0-9]+))"
     r"(?:(?:[eE]|\s*(?:[x*]|\\times|\\cdot)\s*10\^)\{?(?P<exponent>[+-]?[0-9]{1,2})(?![0-9])\}?)?"  # e3, x 10^3
     r"(?:\s*(?P<scale>thousand|million|billion|trillion)\b)?"
 )
 SCALES = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+ANSWER_IS = (
+    r"(?:\b(?:answer|antwort|respuesta|resposta|réponse|risposta|ответ)\b|答案|答え|답)[*\s]*"
+    r"(?:is\b(?: therefore| thus| about| approximately)?|(?:ist|es|est|è|é)\b|[是は은는:=]|\n)"
+)
+OR = r"\b(?:or|oder|ou|o|или)\b|或"
 STATEMENT = re.compile(
-    r"(?:^####|^A:|\banswer\b[*\s]*(?:is\b(?: therefore| thus| about| approximately)?|[:=]|\n))"
+    rf"(?:^####|^A:|{ANSWER_IS})"
     r"[\s:*~]*(?:\\?[(\[])?(?:\$?[a-zA-Z]\w{0,20} ?= ?)?",
     re.IGNORECASE | re.MULTILINE,
 )
 REASON = re.compile(r"\b(?:because|since|as|so|which|where|when|after)\b| \((?!or\b)(?=[a-z]{2})")  # a new clause
-LABEL = re.compile(r"\b(?:step|part|equation|line|note|example|question|problem)s? \(?[0-9]+", re.IGNORECASE)
+LABEL = re.compile(r"\b(?:step|part|equation|line|note|example|question|problem|not)s? \(?[0-9]+", re.IGNORECASE)
 
 
 def value(number: re.Match) -> Fraction:
@@ -82,7 +87,7 @@ def value(number: re.Match) -> Fraction:
     if number["denominator"]:
         amount = int(number["whole"] or 0) + Fraction(int(number["numerator"]), int(number["denominator"]))
     elif number["comma"]:
-        amount = Fraction(number["comma"].replace(",", "."))
+        amount = Fraction(number["comma"].replace(".", "").replace(",", "."))
     else:
         amount = Fraction(re.sub(r"[, ']", "", number["decimal"]))
     amount *= SCALES[number["scale"]] * Fraction(10) ** int(number["exponent"] or 0)
@@ -102,33 +107,39 @@ def final_numbers(text: str) -> list[Fraction]:
         is_first = text.endswith(("\n", "# "), 0, statement.end())
         if number and not (is_first and re.match(r"[.)] +[a-zA-Z]", text[number.end() :])):  # 1. First we
             return stated_numbers(text, number)
-    numbers = list(NUMBER.finditer(LABEL.sub("", text))) or list(NUMBER.finditer(text))
-    return [value(number) for number in numbers[-1:]]
+    numbers = list(NUMBER.finditer(LABEL.sub(" ", text))) or list(NUMBER.finditer(text))
+    is_open = len(numbers) > 1 and re.fullmatch(
+        rf" *(?:{OR}|-) *", numbers[-1].string[numbers[-2].end() : numbers[-1].start()]
+    )
+    return [value(number) for number in numbers[-2 if is_open else -1 :]]  # 17 or 18
 
 
 def stated_numbers(text: str, number: re.Match) -> list[Fraction]:
     """The number behind "the answer is": that one, unless it begins a calculation or a list."""
-    sentence = re.split(r"\n|\.\s", text[number.end() :], maxsplit=1)[0]
+    sentence = re.split(r"\n|\.\s|。", text[number.end() :], maxsplit=1)[0]
     sentence = re.split(rf"{REASON.pattern}|\((?!or\b)", sentence, maxsplit=1)[0]
     others = [value(other) for other in NUMBER.finditer(sentence.rpartition("=")[2])]
     if "=" in sentence:  # 3 * 6 = 18
         return others[:1]
     if re.match(r"\s*(?:[-+*/^x]|\\times|\\cdot|\\div|times|plus|minus)\s*[$(]*[0-9.]", sentence):
         return []  # 3 * 6
-    if re.search(r"\bor\b", sentence) or re.fullmatch(r"[\s,;&0-9.$]*(?:and)?[\s0-9.$]*", sentence):
+    if re.search(OR, sentence) or re.fullmatch(r"[\s,;&0-9.$]*(?:and)?[\s0-9.$]*", sentence):
         return [value(number), *others]
     return [value(number)]
 
 
 def readable_numbers(text: str) -> str:
-    """Without what looks like a number and is none: the exponents of units. Fractions of LaTeX as 1/2."""
+    """Without what looks like a number and is none: the exponents of units, minutes. Fractions of LaTeX as 1/2."""
     text = text.replace("{,}", ",")
+    text = re.sub(r"(?<![0-9])([0-9]{1,2}):00(?![0-9])", r"\1", text)  # 5:00 p.m.
+    text = re.sub(r"(?<![0-9:])[0-9]{1,2}:[0-5][0-9](?![0-9:])", "", text)
+    text = re.sub(r"(?<![0-9)] )\b(?:minus|negative) (?=\$?[0-9])", "-", text)
     if "\\" in text:
         text = text.replace(r"\,", "").replace(r"\!", "").replace(r"\$", "$")
-        text = re.sub(r"\\[dt]?frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))", r" \1\2/\3\4", text)
+        text = re.sub(r"\\[dt]?frac\s*(?:\{(-?[0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))", r" \1\2/\3\4", text)
     if "^" in text:
         text = re.sub(r"(?<=[a-zA-Z])(\}?)\^\{?[0-9]\}?", r"\1", text)  # cm^2, \text{ cm}^2
-    return re.sub(r"([0-9] ?(?:[kcmd]?m|ft|in|yd|mi))[23](?![0-9.])", r"\1", text)  # 18 m2
+    return re.sub(r"([0-9] ?(?:[kcmd]?m|ft|in|yd|mi))[23](?!\.?[0-9])", r"\1", text)  # 18 m2
 
 
 def gold_number(ground_truth) -> Fraction:
@@ -154,12 +165,12 @@ def gsm8k(completion, gold):
 def last_formula(text: str) -> str | None:
     r"""The final answer, without dollars: of the last \boxed{} if there is one, else after the last "answer is", else
     the last $...$, \(...\) or \[...\]. One answer, so that listing several earns nothing."""
-    text = text[-TAIL:].replace(r"\fbox", r"\boxed")
+    text = re.sub(r"\\f(?:rame)?box(?![a-zA-Z])", r"\\boxed", text[-TAIL:])
     if r"\boxed" in text:
         return last_box(text)
     text = text.replace(r"\$", "\0")  # money, which opens no formula
     text = re.sub(r"\\[()\[\]]|\$\$", "$", text)  # one kind of formula
-    _, *statements = re.split(r"answer\b[*\s]*(?:is\b(?: therefore| thus)?|:|\n)[:*\s]*", text, flags=re.IGNORECASE)
+    _, *statements = re.split(rf"(?:{ANSWER_IS}|<answer>)[:*\s]*", text, flags=re.IGNORECASE)
     answer = stated_answer(statements[-1]) if statements else last_in_dollars(text)
     return answer.replace("\0", r"\$").strip() or None
 
@@ -169,12 +180,12 @@ def stated_answer(text: str) -> str:
     formula = re.match(r"\$([^$]+)\$", text)
     if formula:
         return formula[1]
-    line = re.split(r"\.\s|\.?$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    line = re.split(r"\.\s|\.?$|[\u3000-\u9fff\uac00-\ud7a3]|</answer>", text, maxsplit=1, flags=re.MULTILINE)[0]
     line = REASON.split(line, maxsplit=1)[0].rstrip(" ,") or line
     formula = re.search(r"\$([^$]+)\$", line)
     if formula:
         return formula[1]
-    return line.strip().strip("*.")
+    return line.strip().strip("*.`\"'")
 
 
 def last_in_dollars(text: str) -> str:
@@ -225,21 +236,55 @@ def as_fraction(number: Fraction) -> str:
 
 
 def mixed_number(match: re.Match) -> str:
+    r"""LaTeX of 2 1/2 and 2\frac{1}{2}."""
     whole, numerator, denominator = (int(digits) for digits in match.groups() if digits)
     return as_fraction(whole + Fraction(numerator, denominator)) if denominator else match[0]
 
 
 def power_of_ten(match: re.Match) -> str:
+    r"""LaTeX of 1.5\times 10^3."""
     return as_fraction(Fraction(match[1]) * Fraction(10) ** int(match[2]))
 
 
+def scaled(match: re.Match) -> str:
+    """LaTeX of 1.5 million."""
+    return as_fraction(Fraction(match[1]) * SCALES[match[3]]) + (match[2] or "")
+
+
+def tuple_of(match: re.Match) -> str:
+    """A column as (1,2)."""
+    rows = [row.strip() for row in match[2].split(r"\\") if row.strip()]
+    return f"{match[1]}({','.join(rows)})" if len(rows) > 1 else match[0]
+
+
+MATRIX = r"\{(?:[pb]?matrix|array)\}"
 TIDY = [
     (r"\s+|~|(?<!\\)\\[;: ]", " "),
     (r"(?:, ?)?(?<!\\)\\! ?|(?<!\\)\\,", ""),
     (r"^(-?)\\\$ ?(-?[0-9.,]+)$", r"\1\2\\text{ dollars}"),
-    (r"\\?[$€£¥]|(?<!\\)\\[()]|\\displaystyle(?![a-zA-Z])|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
-    (r"\\(?:text(?:bf|it|rm|normal)|mbox|math(?:rm|bf|it|sf)|boldsymbol)(?![a-zA-Z])\s*|\\text\s+", r"\\text"),
+    (r"\\?[$€£¥¢₹]|(?<!\\)\\[()\[\]]|\\displaystyle(?![a-zA-Z])|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
+    (
+        r"\\(?:text(?:bf|it|rm|normal)|mbox|math(?:rm|bf|it|sf)|boldsymbol|bm|emph|underline)(?![a-zA-Z])\s*|\\text\s+",
+        r"\\text",
+    ),
     (r"\{\\rm ([^{}]*)\}", r"\\text{\1}"),
+    (r"\\(?:text)?color *\{[^{}]*\}|\\(?:bf|it|rm|small|large|Large|LARGE|huge|Huge)(?![a-zA-Z]) *", ""),
+    (r"^\{([^{}]*)\}$", r"\1"),
+    (r"(?i)^\\text\{ *(?:(?:the )?(?:final |correct )?answer(?: is|:)|option|choice) +(?=[^ }])", r"\\text{"),
+    (r"^\\text\{ *([a-zA-Z][^{}=]*)=([^{}]*)\}", r"\\text{\1}=\2"),  # \text{Area = 12 cm}^2
+    (r"^\\text\{[^{}0-9]*\bis (?=[-(.0-9])([^{}]*)\}", r"\1"),  # \text{The area is 12}
+    (r"^\\text\{ *(?:Rs|USD|EUR|GBP|INR)\.? *\}", ""),
+    (r"\\text\{ *\(?(?:in )?base *\}? *(\w+)\)? *\}", r"_{\1}"),
+    (r"_\{?_\{(\w+)\}\}? *|_\{\((\w+)\)\}", r"_{\1\2}"),  # 110_{\text{base }2}, 110_{(2)}
+    (r"\\log_(?:e(?![a-zA-Z])|\{e\})", r"\\ln "),
+    (r"\\vee(?![a-zA-Z])", r"\\lor "),
+    (r"\\wedge(?![a-zA-Z])", r"\\land "),
+    (r"\\backslash(?![a-zA-Z])", r"\\setminus "),
+    (r"^([0-9]+) *(?:\\colon(?![a-zA-Z])|\\text\{ *to *\}) *([0-9]+)$", r"\1:\2"),
+    (r"([\[(][^\[\](),;]+);([^\[\](),;]+[\])])", r"\1,\2"),  # [2;5]
+    (r"(^|\\(?:cup|in) *)\]([^\[\](),]+,[^\[\](),]+[\[\]])", r"\1(\2"),  # ]2,5[ is the open interval in France
+    (r"([\[(][^\[\](),]+,[^\[\](),]+)\[", r"\1)"),
+    (rf"(^|= *)[(\[]?\\begin{MATRIX}(?:\{{c\}})?((?:(?!\\end)[^&])*)\\end{MATRIX}[)\]]?$", tuple_of),
     (r"\\text\{([eid])\}", r"\1"),  # the number e
     (r"\\q?quad(?![a-zA-Z])", ","),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -268,8 +313,11 @@ TIDY = [
     (r"^\\\{ *[a-zA-Z] *(?:\\in *\\mathbb\{R\} *)?(?:\\mid(?![a-zA-Z])|[|:])(.*)\\\}$", r"\1"),  # { x | x < 3 }
     (r"\\text\{ *(?:percent(?:age)?|pct) *\}|\b(?:percent|pct)\b|(?<!\\)%", r"\\%"),
     (r"^[a-zA-Z] *\\in(?![a-zA-Z])", ""),  # x \in [1, 2]
-    (r"\\pmod *(?:\{[^{}]*\}|[0-9])$|\((?:\\bmod|(?:\\text\{)? *mod)[^()]*\)$", ""),
-    (r"^\\boxed\{([^{}]*)\}$|^\\text\{ *([-(.0-9][^{}]*)\}", r"\1\2"),  # \text{5 cm}
+    (r"\\p?mod *(?:\{[^{}]*\}|[0-9]+)$|\((?:\\bmod|(?:\\text\{)? *mod)[^()]*\)$", ""),
+    (r"^\\boxed\{([^{}]*)\}$", r"\1"),
+    (r"(^|= *)\\text\{ *([-(.0-9\\](?:[^{}]|\{[^{}]*\})*)\}", r"\1\2"),  # \text{5 cm}, \mathbf{\frac{1}{2}}
+    (r"(?<![\w.,])([0-9]+(?:\.[0-9]+)?) *(\\text\{)? *(thousand|million|billion|trillion)\b", scaled),
+    (r"\\text\{ *\}$", ""),
 ]
 TIDY = [(re.compile(pattern), replacement) for pattern, replacement in TIDY]
 
@@ -279,7 +327,7 @@ def tidy(latex: str) -> str:
     latex = latex.rstrip(".,; \\")
     for pattern, replacement in TIDY:
         latex = pattern.sub(replacement, latex)
-    return latex.strip()
+    return latex.strip().rstrip(".,;")
 
 
 # ---------------------------------------------------------------- math: what is not part of the value
@@ -379,7 +427,7 @@ def clock(latex: str) -> tuple[int, int, str] | None:
     return hour % 12, int(time[2] or 0), half
 
 
-CHOICE = re.compile(r"(?:\\text\{ *)?(?:\(([A-Z])\)|([A-Z])(?=[).:}]|$))[).:]?\}?[ .:,]*(.*)")
+CHOICE = re.compile(r"(?!\\text\{[A-Z]\}\()(?:\\text\{ *)?(?:\(([A-Z])\)|([A-Z])(?=[).:}]|$))[).:]?\}?[ .:,]*(.*)")
 
 
 def without_choice(latex: str) -> tuple[str, str]:
@@ -389,7 +437,10 @@ def without_choice(latex: str) -> tuple[str, str]:
 
 
 DIGITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-BASED = re.compile(r"(-?\(?(?=[A-F.]*[0-9])[0-9A-F., ]+\)?)_(?:\{(?:\\text\{)? *([0-9]+|[a-z]+) *\}+|([0-9]+))")
+BASED = re.compile(
+    r"(-?\(?(?=[A-F.]*[0-9]|[A-F]{2,}_\{1[1-6])[0-9A-F., ]+\)?)"
+    r"_(?:\{(?:\\text\{)? *([0-9]+|[a-z]+) *\}+|([0-9]+))"
+)
 
 
 def without_base(latex: str) -> tuple[str, str]:
@@ -418,8 +469,11 @@ def split(latex: str, separator: str) -> list[str]:
 EQUALS = r"=|\\equiv(?![a-zA-Z])"
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
 APPROXIMATELY = r"\\approx(?![a-zA-Z])"
-LIST = r"[,;]|\\text\{ *(?:or|and) *\}|\bor\b|\band\b|\\lor(?![a-zA-Z])"
+LIST = r"[,;]|\\text\{ *(?:or|and) *\}|\bor\b|\band\b|\\l(?:or|and)(?![a-zA-Z])"
 SYMBOL = re.compile(r"[a-zA-Z]\w*")
+NAME = re.compile(  # what can be nothing but a name
+    r"\\text\{[^{}]*\}|m?\\angle.*|\\overline\{[A-Z]*\}|\([a-z, ]*\)|[a-zA-Z]_(?:\{[^{}]*\}|\w)|[a-zA-Z]\([^()]*\)"
+)
 
 
 def is_name(side: str) -> bool:
@@ -432,10 +486,12 @@ def is_name(side: str) -> bool:
 
 
 def values(latex: str) -> list[str]:
-    """The sides of a chain of equations, without the name before it."""
+    """The sides of a chain of equations, without the name before or behind it."""
     sides = split(latex, EQUALS)
     while len(sides) > 1 and is_name(sides[0]):
         sides.pop(0)
+    if len(sides) > 1 and (SYMBOL.fullmatch(sides[-1]) or NAME.fullmatch(sides[-1])):
+        sides.pop()  # 5 = x
     return sides
 
 
@@ -451,14 +507,16 @@ FUNCTIONS = {
     "calculus": r"\\(?:int|sum|prod|lim)(?![a-zA-Z])|\\frac\{(?:d|\\partial)\}\{(?:d|\\partial)",
     "counting": r"\\[dt]?binom|(?<!\\)!|choose|\}_",
     "integers": r"(?<![a-zA-Z])(?:gcd|lcm|max|min|[bp]?mod|det)(?![a-z])",
-    "matrices": r"vmatrix|\\end\{[a-z]*\} *(?:\\begin|[\^+*-]|\\cdot|\\times)",
+    "matrices": r"vmatrix|(?<![{0-9])[0-9]+ *\\begin|\\end\{[a-z]*\} *(?:\\begin|[\^+*-]|\\cdot|\\times)",
     "complex numbers": r"(?<![a-zA-Z])i *\^",
+    "sets": r"\\cap(?![a-zA-Z])|\\\} *\\(?:cup|setminus)(?![a-zA-Z])",
+    "repeating decimal": r"\\(?:overline|bar) *\{[0-9]",
     "and so on": r"\\[lc]?dots|\.\.\.",
 }
 FUNCTIONS = {name: re.compile(pattern) for name, pattern in FUNCTIONS.items()}
 PRODUCT_OF_SUMS = re.compile(r"\)\s*(?:\(|[0-9])")
 NUMERIC = re.compile(r"-?(?:[0-9.,\s]+|\\frac\{-?[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)(?:\\%)?")
-ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[+*-]|\\cdot|\\times|\\div)\s*[0-9({\\]|\)\s*\^")
+ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[+*-]|\\cdot|\\times|\\div)\s*[0-9({\\]|\)\s*\^|-\s*\(?-|\\exp|\\frac.*\\frac")
 WORDS = re.compile(r"\\text\{[^{}]*(?:[0-9=,]|\b(?:or|not|and)\b)")
 NEGATION = re.compile(r"\\(?:ne|not|lnot|neg)(?![a-zA-Z])|!=")
 
@@ -490,7 +548,7 @@ def kinds_of_undone(formula) -> set[str]:
 
     kinds = set()
     for part in sympy.preorder_traversal(formula):
-        if isinstance(part, sympy.Add) and has_duplicates(terms(part)):
+        if isinstance(part, sympy.Add) and (has_duplicates(terms(part)) or cancels(part)):
             kinds.add("terms")
         elif isinstance(part, sympy.Mul) and has_duplicates(factors(part)):
             kinds.add("factors")
@@ -500,7 +558,23 @@ def kinds_of_undone(formula) -> set[str]:
     return kinds
 
 
+def cancels(total) -> bool:
+    """Whether, expanded, a term with a variable is no longer in a sum: (x+2)(x+3) - x^2. Up to the tenth power."""
+    if not total.free_symbols or not total.is_polynomial() or powers(total) > 10:
+        return False
+    found = {term for part in total.args for term in terms(part.expand()) if term}
+    return bool(found - set(terms(total.expand())))
+
+
+def powers(formula) -> int:
+    """The largest exponent in a polynomial."""
+    import sympy
+
+    return max((power.args[1] for power in formula.atoms(sympy.Pow)), default=0)
+
+
 def has_duplicates(things) -> bool:
+    """Whether two of them are equal."""
     things = list(things)
     return len(set(things)) < len(things)
 
@@ -512,6 +586,7 @@ def terms(formula):
             yield from terms(term)
         return
     others = [factor for factor in (formula.args if formula.is_Mul else [formula]) if not is_rational(factor)]
+    others = [factor.doit().as_coeff_Mul()[1] if is_root(factor) else factor for factor in others]  # \sqrt8 = 2\sqrt2
     if len(others) == 1 and others[0].is_Add:
         yield from terms(others[0])
     else:
@@ -534,11 +609,24 @@ def factors(formula, exponent=1):
         yield formula
 
 
+def is_root(formula) -> bool:
+    """Whether it is a root of a whole number."""
+    return formula.is_Pow and formula.args[0].is_Integer and formula.args[1].is_Rational
+
+
 def is_rational(formula) -> bool:
+    """Whether it is a rational number, or a whole power of one."""
     return formula.is_Rational or (formula.is_Pow and formula.args[0].is_Rational and formula.args[1].is_Integer)
 
 
 # ---------------------------------------------------------------- math: equality
+
+
+def repeating(decimal: re.Match) -> str:
+    r"""LaTeX of 0.1\overline{6}, as a fraction, which math-verify can read."""
+    whole, start, period = decimal.groups(default="")
+    digits = int(whole + start + period) - int(whole + start or 0)
+    return as_fraction(Fraction(digits, (10 ** len(period) - 1) * 10 ** len(start)))
 
 
 @lru_cache(256)
@@ -549,6 +637,7 @@ def parse_formula(latex: str) -> list:
 
     if FUNCTIONS["trigonometry"].search(latex):
         latex = re.sub(r"([0-9.]+)\^\\circ", r"(\1\\cdot\\frac{\\pi}{180})", latex)  # which latex2sympy drops
+    latex = re.sub(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) *\{([0-9]+)\}", repeating, latex)
     # normalize_latex takes the letters m, s, t, d, ab and others at the end for units: 4ab would be 4
     normalization = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     # As LaTeX only: its other reader would take a number out of the middle of what is no formula. Timed from outside.
@@ -568,11 +657,6 @@ class Gold(NamedTuple):
     choice: str
 
 
-NAME_OF_GOLD = re.compile(  # no variable alone: y = 2x + 3 is an equation
-    r"\\text\{[^{}]*\}|m?\\angle.*|\\overline\{[A-Z]*\}|\([a-z, ]*\)|[a-zA-Z]_(?:\{[^{}]*\}|\w)|[a-zA-Z]\([^()]*\)"
-)
-
-
 def gold_formula(ground_truth) -> Gold:
     """A ground truth, which is a formula, in dollars or not, or a solution. Raises ValueError if it cannot be read."""
     text = as_latex(as_text(ground_truth))
@@ -581,7 +665,7 @@ def gold_formula(ground_truth) -> Gold:
     latex = tidy(text)
     value, choice = without_choice(latex)
     sides = split(value, EQUALS)
-    if len(sides) == 2 and NAME_OF_GOLD.fullmatch(sides[0]):
+    if len(sides) == 2 and NAME.fullmatch(sides[0]):  # no variable alone: y = 2x + 3 is an equation
         value = sides[1]
     value, base = without_base(value or latex)
     value, unit = without_unit(value, may_be_letter=False)
@@ -626,8 +710,9 @@ def is_right(latex: str, gold: Gold) -> bool | None:
 
 
 def spelled(latex: str) -> str:
-    """The letters and digits, whatever spacing and case."""
-    return re.sub(r"\\text|[{}() ]", "", latex).casefold()
+    """The letters and digits, whatever spacing, case and article."""
+    latex = re.sub(r"\b(?:an?|the) +(?=[a-z]{2})", "", latex)
+    return re.sub(r"\\text|[{}() ]", "", latex).rstrip(".").casefold()
 
 
 def has_value(latex: str, gold: Gold) -> bool | None:
@@ -665,9 +750,14 @@ def has_measure(latex: str, gold: Gold) -> bool | None:
     value, unit = without_unit(value, may_be_letter=not LETTER.search(gold.value))
     if NUMERIC.fullmatch(gold.value) and "," not in gold.value:
         value = re.sub("^(-?[0-9]+),([0-9]{1,2}|[0-9]{4,})$", r"\1.\2", value)  # 3,14
+        if re.fullmatch("-?[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}", value):
+            value = value.replace(",", "")  # 1,00,000 in India
     if other_unit(unit, gold.unit) or is_task(value, gold.value):
         return False
     right = is_equal(value, gold)
+    if not right and value.endswith(r"\%") and NUMERIC.fullmatch(gold.value) and not abs(gold.formula[0]) < 1:
+        value = value.removesuffix(r"\%").rstrip()  # 12.5 %, but 0.5 % is not the probability 0.5
+        right = is_equal(value, gold)
     if right and value != gold.value:
         ours, theirs = kinds_of_undone(parse_formula(value)[0]), kinds_of_undone(gold.formula[0])
         return ours <= theirs

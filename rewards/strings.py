@@ -27,7 +27,7 @@ def normalised(text, turkish: bool = False) -> str:
 
     Neither differ in case, in spacing, in forms that Unicode has for compatibility (full width, ligatures; but a power
     stays a power), in the kinds of quotes and dashes, in whose digits they use, or in what nobody sees; nor at the ends
-    in punctuation, quotes, and round brackets: (A) and A) are A.
+    in punctuation, quotes, and round brackets: (A), A) and, for a letter alone, [A] are A; _A_ is emphasis.
 
     Args:
         text: a string or number. Raises ValueError for anything else, and for a blank.
@@ -42,6 +42,7 @@ def normalised(text, turkish: bool = False) -> str:
     text = text.translate({ord(digit): str(unicodedata.decimal(digit)) for digit in digits})
     if turkish:
         text = text.replace("İ", "i").replace("I", "ı")
+    text = regex.sub(r"(?<!\w)_([^_\s](?:[^_]*[^_\s])?)_(?!\w)", r"\1", text)  # markdown's emphasis
     text = text.casefold().replace("i\u0307", "i")  # the second is what casefold makes of İ
     text = unicodedata.normalize("NFC", text)
     return without_ends(" ".join(text.split()))
@@ -50,9 +51,9 @@ def normalised(text, turkish: bool = False) -> str:
 def without_ends(text: str) -> str:
     """Without punctuation at the ends, and without round brackets there that no other text needs."""
     text = stripped(text.removeprefix("- "))
-    in_brackets = regex.fullmatch(r"\(([^(),;]+)\)|(\w+)\)", text)
+    in_brackets = regex.fullmatch(r"\(([^(),;]+)\)|(\w+)\)|\[([a-z])\]", text)
     if in_brackets:
-        text = stripped(in_brackets[1] or in_brackets[2])
+        text = stripped(in_brackets[1] or in_brackets[2] or in_brackets[3])
     return text
 
 
