@@ -72,7 +72,7 @@ ANSWER_IS = (
     r"(?:\b(?:answer|antwort|respuesta|resposta|réponse|risposta|ответ)\b|答案|答え|답)[*\s]*"
     r"(?:is\b(?: therefore| thus| about| approximately)?|(?:ist|es|est|è|é)\b|[是は은는:=]|\n)"
 )
-OR = r"\b(?:or|oder|ou|o|или)\b|或"
+OR = r"\b(?:or|oder|ou|o|или)\b|或|または|또는"
 STATEMENT = re.compile(
     rf"(?:^####|^A:|{ANSWER_IS})"
     r"[\s:*~]*(?:\\?[(\[])?(?:\$?[a-zA-Z]\w{0,20} ?= ?)?",
@@ -175,12 +175,16 @@ def last_formula(text: str) -> str | None:
     return answer.replace("\0", r"\$").strip() or None
 
 
+# Or what follows the formula in Chinese, Japanese and Korean, where no space does.
+LINE_END = re.compile(rf"\.\s|\.?$|(?!{OR})[\u3000-\u9fff\uac00-\ud7a3]|</answer>", re.MULTILINE)
+
+
 def stated_answer(text: str) -> str:
     """Of what follows "the answer is": the formula it begins with, else the first in its line, else that line."""
     formula = re.match(r"\$([^$]+)\$", text)
     if formula:
         return formula[1]
-    line = re.split(r"\.\s|\.?$|[\u3000-\u9fff\uac00-\ud7a3]|</answer>", text, maxsplit=1, flags=re.MULTILINE)[0]
+    line = LINE_END.split(text, maxsplit=1)[0]
     line = REASON.split(line, maxsplit=1)[0].rstrip(" ,") or line
     formula = re.search(r"\$([^$]+)\$", line)
     if formula:
@@ -251,13 +255,6 @@ def scaled(match: re.Match) -> str:
     return as_fraction(Fraction(match[1]) * SCALES[match[3]]) + (match[2] or "")
 
 
-def tuple_of(match: re.Match) -> str:
-    """A column as (1,2)."""
-    rows = [row.strip() for row in match[2].split(r"\\") if row.strip()]
-    return f"{match[1]}({','.join(rows)})" if len(rows) > 1 else match[0]
-
-
-MATRIX = r"\{(?:[pb]?matrix|array)\}"
 TIDY = [
     (r"\s+|~|(?<!\\)\\[;: ]", " "),
     (r"(?:, ?)?(?<!\\)\\! ?|(?<!\\)\\,", ""),
@@ -284,7 +281,6 @@ TIDY = [
     (r"([\[(][^\[\](),;]+);([^\[\](),;]+[\])])", r"\1,\2"),  # [2;5]
     (r"(^|\\(?:cup|in) *)\]([^\[\](),]+,[^\[\](),]+[\[\]])", r"\1(\2"),  # ]2,5[ is the open interval in France
     (r"([\[(][^\[\](),]+,[^\[\](),]+)\[", r"\1)"),
-    (rf"(^|= *)[(\[]?\\begin{MATRIX}(?:\{{c\}})?((?:(?!\\end)[^&])*)\\end{MATRIX}[)\]]?$", tuple_of),
     (r"\\text\{([eid])\}", r"\1"),  # the number e
     (r"\\q?quad(?![a-zA-Z])", ","),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -509,7 +505,7 @@ FUNCTIONS = {
     "integers": r"(?<![a-zA-Z])(?:gcd|lcm|max|min|[bp]?mod|det)(?![a-z])",
     "matrices": r"vmatrix|(?<![{0-9])[0-9]+ *\\begin|\\end\{[a-z]*\} *(?:\\begin|[\^+*-]|\\cdot|\\times)",
     "complex numbers": r"(?<![a-zA-Z])i *\^",
-    "sets": r"\\cap(?![a-zA-Z])|\\\} *\\(?:cup|setminus)(?![a-zA-Z])",
+    "sets": r"\\cap(?![a-zA-Z])|\\\} *\\(?:cup|setminus) *\\\{",
     "repeating decimal": r"\\(?:overline|bar) *\{[0-9]",
     "and so on": r"\\[lc]?dots|\.\.\.",
 }
@@ -687,10 +683,27 @@ def equal_formulas(completion, gold):
     return Verdict(0.0, "unparsed", answer) if right is None else (right, answer)
 
 
+MATRIX = r"\{(?:[pb]?matrix|array)\}"
+COLUMN = re.compile(rf"(^|= *)[(\[]?\\begin{MATRIX}(?:\{{c\}})?((?:(?!\\end)[^&])*)\\end{MATRIX}[)\]]?$")
+ROW = re.compile(r"(^|= *)\(([^()]+,[^()]+)\)$")
+
+
+def written_alike(latex: str, gold: str) -> str:
+    """A column as (1,2) where the gold formula is one, and the other way round."""
+    form = COLUMN if ROW.search(gold) else ROW if COLUMN.search(gold) else None
+    vector = form and form.search(latex)
+    if not vector:
+        return latex
+    entries = [entry for entry in re.split(r"\\\\|,", vector[2]) if entry.strip()]
+    as_column = r"\begin{pmatrix}" + r"\\".join(entries) + r"\end{pmatrix}"
+    return latex[: vector.start()] + vector[1] + (as_column if form is ROW else f"({','.join(entries)})")
+
+
 def is_right(latex: str, gold: Gold) -> bool | None:
     """Whether an answer, as LaTeX, is equal to the gold formula. None if it cannot be read."""
     if r"\boxed" in latex:
         return False  # a box in a box
+    latex = written_alike(latex, gold.value)
     if latex == gold.latex or gold.latex.startswith(r"\text") and spelled(latex) == spelled(gold.latex):
         return True
     if clock(gold.latex):
