@@ -147,7 +147,8 @@ class Reader:
             try:
                 rows.append(self.read_row(number, self.with_origin(row)))
             except ValueError as error:
-                raise DataError(path, number, str(error).partition(";")[0]) from None
+                message, *_ = str(error).split(";")  # without the names of all columns
+                raise DataError(path, number, message.removesuffix(" and no --verifier")) from None
         return rows
 
     def read_row(self, number: int, row: dict) -> Row:
