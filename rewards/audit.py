@@ -99,18 +99,23 @@ def reference(row: dict) -> str | None:
     Of a list of them it is the first that is Python. HumanEval's begins with the prompt.
     """
     prompt = row.get("prompt")
+    for text in reference_texts(row):
+        blocks = [code for language, code in programs.code_blocks(text) if programs.is_python(language)]
+        for source in (*blocks, text, f"{prompt}{text}" if isinstance(prompt, str) else ""):
+            if is_program(source):
+                return source
+    return None
+
+
+def reference_texts(row: dict) -> list[str]:
+    """The texts in the columns REFERENCES. Some data sets have a list of them as JSON."""
+    texts = []
     for column in REFERENCES:
         value = row.get(column)
         if column == "solutions" and isinstance(value, str) and value.startswith("["):
             value = json.loads(value)
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str):
-                continue
-            blocks = [code for language, code in programs.code_blocks(text) if programs.is_python(language)]
-            for source in (*blocks, text, f"{prompt}{text}" if isinstance(prompt, str) else ""):
-                if is_program(source):
-                    return source
-    return None
+        texts += value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def is_program(text: str) -> bool:

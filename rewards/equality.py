@@ -32,10 +32,14 @@ def words(text: str) -> list[list[str]]:
 
 def same_words(printed: list[list[str]], expected: list[list[str]]) -> bool:
     """Whether lines of words say the same."""
-    if [len(line) for line in printed] != [len(line) for line in expected]:
+    if len(printed) != len(expected):
         return False
-    pairs = zip(printed, expected, strict=True)
-    return all(same_word(*pair) for lines in pairs for pair in zip(*lines, strict=True))
+    for words_printed, words_expected in zip(printed, expected, strict=True):
+        if len(words_printed) != len(words_expected):
+            return False
+        if not all(map(same_word, words_printed, words_expected)):
+            return False
+    return True
 
 
 def same_word(printed: str, expected: str) -> bool:
@@ -46,24 +50,32 @@ def same_word(printed: str, expected: str) -> bool:
         return False
     if not WHOLE.fullmatch(expected):
         return is_close(float(printed), float(expected))
-    return Decimal(printed) == Decimal(expected) and (
-        WHOLE.fullmatch(printed) is not None or abs(Decimal(expected)) < EXACT
-    )
+    if not WHOLE.fullmatch(printed) and abs(Decimal(expected)) >= EXACT:
+        return False
+    return Decimal(printed) == Decimal(expected)
 
 
 def is_close(number: float, expected: float) -> bool:
     """Whether a number is near enough to one that is not whole."""
-    return number == expected or abs(number - expected) <= TOLERANCE * max(1.0, abs(expected)) < float("inf")
+    if number == expected:
+        return True
+    largest = TOLERANCE * max(1.0, abs(expected))
+    return abs(number - expected) <= largest < float("inf")
 
 
 def is_same(value, expected) -> bool:
     """Whether a value is the expected one as JSON can say it: tuples are lists, keys are text, floats are near."""
+    if type(value).__name__ == "ndarray":
+        value = value.tolist()
     if isinstance(expected, list):
-        is_list = isinstance(value, (list, tuple)) and len(value) == len(expected)
-        return is_list and all(map(is_same, value, expected))
+        if not isinstance(value, (list, tuple)) or len(value) != len(expected):
+            return False
+        return all(map(is_same, value, expected))
     if isinstance(expected, dict) and isinstance(value, dict):
         value = {key if isinstance(key, str) else str(key): item for key, item in value.items()}
-        return value.keys() == expected.keys() and all(is_same(value[key], expected[key]) for key in expected)
+        if value.keys() != expected.keys():
+            return False
+        return all(is_same(value[key], expected[key]) for key in expected)
     if isinstance(expected, float) and isinstance(value, (int, float)):
         return is_close(value, expected)
     return value == expected

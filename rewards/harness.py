@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+from functools import partial
+from types import GeneratorType
 
 from equality import is_same
 from remote import Channel, End, Remote, name_class, operate_for_program, remote_object
@@ -46,7 +48,11 @@ def run_tests(source: str, channel: Channel, report: int):
 
 
 def run_test(test: str, namespace: dict, problem=None) -> str | None:
-    """What goes wrong in a piece of Python, in one line; None if nothing does."""
+    """What goes wrong in a piece of Python, in one line; None if nothing does.
+
+    Args:
+        problem: an exception that came up before, and that the piece is taken to raise.
+    """
     try:
         if problem:
             raise problem
@@ -62,6 +68,9 @@ def run_test(test: str, namespace: dict, problem=None) -> str | None:
 def run_function(function, namespace: dict):
     """Calls a test as pytest does: with its fixtures, and once for each set of parameters. Raises what it raises."""
     for parameters in parameter_sets(function):
+        for definition in namespace.values():
+            if is_fixture(definition) and definition._fixture_function_marker.autouse:
+                fixture(definition, namespace)
         given = dict(parameters)
         for name in parameter_names(function):
             if name not in given and name in namespace:
@@ -90,11 +99,16 @@ def parameter_names(function) -> list[str]:
     return [name for name in names if name != "self"]
 
 
+def is_fixture(definition) -> bool:
+    """Whether something in the tests is a fixture of pytest's."""
+    return type(definition).__name__ == "FixtureFunctionDefinition"
+
+
 def fixture(definition, namespace: dict):
     """The value of a fixture of pytest's. What follows its `yield` is not run."""
-    function = getattr(definition, "_get_wrapped_function", lambda: definition)()
+    function = definition._get_wrapped_function() if is_fixture(definition) else definition
     value = function(**{name: fixture(namespace[name], namespace) for name in parameter_names(function)})
-    return next(value) if hasattr(value, "gi_frame") else value
+    return next(value) if isinstance(value, GeneratorType) else value
 
 
 def run_class(kind: type, namespace: dict):
@@ -105,7 +119,8 @@ def run_class(kind: type, namespace: dict):
             if hasattr(instance, prepare):
                 function = getattr(instance, prepare)
                 function(*[None] * len(parameter_names(function)))
-        run_function(getattr(instance, name), namespace)
+        fixtures = {name: getattr(instance, name) for name in dir(kind) if is_fixture(getattr(kind, name))}
+        run_function(getattr(instance, name), namespace | fixtures)
 
 
 class NothingTested(AssertionError):
@@ -113,7 +128,7 @@ class NothingTested(AssertionError):
 
 
 def run_unittest(kind: type):
-    """Runs a unittest.TestCase. AssertionError for the first test that fails; NothingTested."""
+    """Runs a unittest.TestCase. Raises AssertionError for the first test that fails; NothingTested."""
     import unittest
 
     result = unittest.TestResult()
@@ -129,7 +144,7 @@ def run_unittest(kind: type):
 
 
 def check_call(name: str, given: list, results: list):
-    """Asserts that a function of the program, or a method of its class Solution, returns one of the right results."""
+    """Raises AssertionError unless a function of the program, or a method of its Solution, returns a right result."""
     solution = sys.modules["solution"]
     try:
         function = getattr(solution, name)
@@ -144,7 +159,13 @@ def check_call(name: str, given: list, results: list):
 
 
 class Anything:
-    """An object that can be called and has every attribute, and that is equal to nothing else."""
+    """An object that can be called and has every attribute, and that is equal to nothing else.
+
+    Whether two of them are equal it does not say: `Point(1) == Point(1)` and `Point(1) != Point(2)` test something.
+    """
+
+    def __init__(self, attribute=None):
+        self._attribute = attribute or self
 
     def __call__(self, *given, **named):
         return self
@@ -152,7 +173,14 @@ class Anything:
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return self
+        return self._attribute
+
+    def __eq__(self, other):
+        if isinstance(other, Anything) and other is not self:
+            raise NotWritten
+        return self is other
+
+    __hash__ = object.__hash__
 
 
 class NotWritten(Exception):
@@ -160,7 +188,7 @@ class NotWritten(Exception):
 
 
 def raises(*given, **named):
-    """A stub."""
+    """A stub. Raises NotWritten."""
     raise NotWritten
 
 
@@ -181,6 +209,14 @@ STUBS = {
 STUB_SECONDS = 1  # of processor time, for all tests of one stub: `while f(x)` may not end
 
 
+def stand_in(name: str, stub: str):
+    """A stub in the place of a name of the program; for a name like a class's, what makes objects of such methods."""
+    if stub == "raises an exception" or not name[:1].isupper():
+        return STUBS[stub]
+    method = None if stub == "returns an object of no use" else STUBS[stub]
+    return lambda *given, **named: Anything(method)
+
+
 def run_stubs(source: str, report: int):
     """Runs tests on stubs, in this process, and ends it. The name of each stub that passes is a line of `report`.
 
@@ -191,8 +227,8 @@ def run_stubs(source: str, report: int):
     signal.signal(signal.SIGVTALRM, raises)
     for stub in which:
         solution = sys.modules["solution"] = type(sys)("solution")
-        solution.__getattr__ = lambda name, stub=stub: STUBS[stub]
-        namespace = {"__name__": "tests"} | dict.fromkeys(names, STUBS[stub])
+        solution.__getattr__ = partial(stand_in, stub=stub)
+        namespace = {"__name__": "tests"} | {name: stand_in(name, stub) for name in names}
         signal.setitimer(signal.ITIMER_VIRTUAL, STUB_SECONDS)
         problems = (run_test(test, namespace) for test in tests)
         if all(problem is None or problem.startswith("NothingTested") for problem in problems):

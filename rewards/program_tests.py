@@ -85,7 +85,10 @@ def parse(ground_truth: str) -> Tests:
 
 
 def read(given):
-    """What JSON says, if it is a string that begins like an object, a list or a string of JSON; else what it is."""
+    """What JSON says, if it is a string that begins like an object, a list or a string of JSON; else what it is.
+
+    Raises ValueError if such a string is neither JSON nor Python.
+    """
     if not isinstance(given, str) or not given.lstrip().startswith(("{", "[", '"')):
         return given
     try:
@@ -111,14 +114,14 @@ def as_list(value) -> list:
 
 
 def parse_score(score) -> bool:
-    """Whether the reward is the share of tests passed."""
+    """Whether the reward is the share of tests passed. Raises ValueError."""
     if score not in ("all", "share"):
         raise ValueError(f'`score` is {score!r}; there are "all" and "share"')
     return score == "share"
 
 
 def parse_threshold(threshold) -> float:
-    """The share of tests from which on a program has passed."""
+    """The share of tests from which on a program has passed. Raises ValueError."""
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"`threshold` is {threshold!r}, expected a share above 0, at most 1")
     return float(threshold)
@@ -128,7 +131,7 @@ def parse_threshold(threshold) -> float:
 
 
 def as_cases(given: dict) -> list[dict]:
-    """[{"input": ..., "output": ...}] of {"inputs": [...], "outputs": [...]}, or of one such case."""
+    """[{"input": ..., "output": ...}] of {"inputs": [...], "outputs": [...]}, or of one case. Raises ValueError."""
     if "input" in given and "output" in given:
         return [given]
     inputs = given.get("inputs")
@@ -173,7 +176,7 @@ def parse_cases(cases: list[dict], function: str = "") -> Tests:
 
 
 def parse_case(number: int, case: dict) -> tuple[str, str]:
-    """(stdin, stdout). APPS also has lists of lines."""
+    """(stdin, stdout). APPS also has lists of lines. Raises ValueError."""
     texts = []
     for name in ("input", "output"):
         text = case.get(name)
@@ -189,7 +192,7 @@ def parse_call(number: int, case: dict) -> tuple[list, list]:
     """(arguments, results that are right).
 
     Strings hold JSON, one argument a line. Lists hold the arguments themselves, and most of APPS' results are lists of
-    one, but not all.
+    one, but not all. Raises ValueError.
     """
     given = case.get("input")
     result = case.get("output")
@@ -245,17 +248,20 @@ def parse_python(given, setup: list, entry_points: list) -> Tests:
     return Tests(pieces=imports + sources + calls, is_test=[False] * len(imports) + is_test, names=names)
 
 
-DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+FUNCTION_DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITION = (*FUNCTION_DEFINITION, ast.ClassDef)
 RUNNERS = ("unittest.main", "pytest.main", "doctest.testmod")
 
 
 def as_run(node: ast.stmt) -> list[ast.stmt]:
     """A statement as it is run here: what authors run as a script, without the calls of test runners.
 
-    A bare comparison is asserted: by itself it tests nothing, whatever the program does.
+    A bare comparison is asserted: by itself it tests nothing, whatever the program does. So is `np.allclose(...)`.
     """
     if isinstance(node, ast.If) and ast.unparse(node.test).replace('"', "'") == "__name__ == '__main__'":
         return [kept for inner in node.body for kept in as_run(inner)]
+    if isinstance(node, ast.ImportFrom) and node.module == SOLUTION and node.names[0].name == "*":
+        return []  # all names that tests do not define are the program's
     if isinstance(node, ast.Expr):
         if any(f"{runner}(" in ast.unparse(node) for runner in RUNNERS):
             return []
@@ -264,42 +270,43 @@ def as_run(node: ast.stmt) -> list[ast.stmt]:
     return [node]
 
 
+QUESTIONS = ("all", "any", "bool", "isinstance", "isclose", "allclose", "array_equal")  # functions that only say so
+
+
 def is_comparison(node: ast.expr) -> bool:
     """Whether an expression says what is true, and does nothing."""
     match node:
         case ast.Compare() | ast.UnaryOp(op=ast.Not()):
             return True
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return name in QUESTIONS
         case ast.BoolOp(values=values):
             return all(map(is_comparison, values))
     return False
 
 
 def calls_of_tests(nodes: list[ast.stmt], entry_points: list[str]) -> list[str]:
-    """Source of the calls that a test runner would make. ValueError if a function with assertions is still not called.
+    """Source of the calls that a test runner would make.
 
     Args:
         nodes: the tests, all at the top level.
+
+    Raises:
+        ValueError: nothing would call a function with assertions.
     """
     top_level = [node for node in nodes if not isinstance(node, DEFINITION)]
     statements = [node.value for node in top_level if isinstance(node, ast.Expr)]
     called = {ast.unparse(value.func) for value in statements if isinstance(value, ast.Call)}
     defined = {node.name: node for node in nodes if isinstance(node, DEFINITION)}
+    fixtures = {name for name, node in defined.items() if is_fixture(node)}
     calls = []
     for name, node in defined.items():
-        if isinstance(node, ast.ClassDef):
-            bases = [ast.unparse(base) for base in node.bases]
-            if any(base.endswith("TestCase") for base in bases):
-                calls.append(f"import harness\nharness.run_unittest({name})")
-            elif name.startswith("Test") and name not in called:
-                calls.append(f"import harness\nharness.run_class({name}, globals())")
-        elif name.startswith("test") and name not in called and not is_fixture(node):
-            if isinstance(node, ast.AsyncFunctionDef):
-                raise ValueError(f"the tests have `async def {name}`: there is no asyncio in the sandbox")
-            decorators = " ".join(map(ast.unparse, node.decorator_list))
-            required = node.args.args[: len(node.args.args) - len(node.args.defaults)]
-            for parameter in (argument.arg for argument in required):
-                if parameter not in defined and parameter not in decorators:
-                    raise ValueError(f"`{name}` wants the fixture `{parameter}`, which there is not")
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("TestCase") for base in node.bases):
+            calls.append(f"import harness\nharness.run_unittest({name})")
+        elif isinstance(node, ast.ClassDef) and name.startswith("Test") and name not in called:
+            calls.append(f"import harness\nharness.run_class({name}, globals())")
+        elif isinstance(node, FUNCTION_DEFINITION) and name.startswith("test") and name not in called | fixtures:
+            check_function(node, defined)
             calls.append(f"import harness\nharness.run_function({name}, globals())")
     if "check" in defined and "check" not in called and entry_points:
         calls.append(f"check({entry_points[0]})")
@@ -309,6 +316,17 @@ def calls_of_tests(nodes: list[ast.stmt], entry_points: list[str]) -> list[str]:
             remedy = "; name the program's function as `entry_point`" if name == "check" else ""
             raise ValueError(f"nothing calls `{name}`, so the tests may test nothing: call it in a test{remedy}")
     return calls
+
+
+def check_function(node: ast.stmt, defined: dict[str, ast.stmt]):
+    """Raises ValueError if a test function cannot be called here as pytest would."""
+    if isinstance(node, ast.AsyncFunctionDef):
+        raise ValueError(f"the tests have `async def {node.name}`: there is no asyncio in the sandbox")
+    decorators = " ".join(map(ast.unparse, node.decorator_list))
+    required = node.args.args[: len(node.args.args) - len(node.args.defaults)]
+    for parameter in (argument.arg for argument in required):
+        if parameter not in defined and parameter not in decorators:
+            raise ValueError(f"`{node.name}` wants the fixture `{parameter}`, which there is not")
 
 
 def is_fixture(node: ast.stmt) -> bool:
@@ -414,8 +432,6 @@ def names_in(nodes: list[ast.stmt]) -> tuple[set, set, set, set]:
                         solutions.add(alias.asname or SOLUTION)
                     else:
                         check_module(alias.name)
-    if "*" in imported:
-        raise ValueError(f"`from {SOLUTION} import *`: import the names of the program one by one")
     for node in inner:
         match node:
             case ast.Attribute(value=ast.Name(id=name)) if name in solutions:
@@ -432,3 +448,5 @@ def check_module(name: str | None):
         is_there = False
     if not is_there:
         raise ValueError(f"the tests import `{name}`, which is not installed; the program's module is `{SOLUTION}`")
+    if top == "asyncio":
+        raise ValueError("the tests import `asyncio`, which the sandbox does not let run")

@@ -137,17 +137,23 @@ def with_imports(program: str, names=("Solution",)) -> str:
     prompt's, which are names of `typing`. A script has to have its own.
     """
     tree = parse_python(program)
-    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    missing = missing_names(tree)
     lines = []
-    for name in sorted(loaded & library_names().keys() - dir_of(tree)):
+    for name in sorted(missing & library_names().keys()):
         line = library_names()[name]
         if "Solution" in names or line.startswith("from typing"):
             lines.append(line)
     if "Solution" in names:
-        lines += [f"import {name}" for name in sorted(loaded & set(LIBRARIES) - dir_of(tree))]
+        lines += [f"import {name}" for name in sorted(missing & set(LIBRARIES))]
     if not lines or "__future__" in program:
         return program
     return "; ".join(lines) + "\n" + program
+
+
+def missing_names(tree: ast.Module) -> set[str]:
+    """The names that a program reads and does not bind."""
+    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return loaded - dir_of(tree)
 
 
 def dir_of(tree: ast.Module) -> set[str]:
@@ -227,10 +233,24 @@ def program_in(completion: str, tests: Tests) -> str | None:
     unlabelled = [code for language, code in blocks if not language]
     for group in (python, unlabelled):
         for is_needed in needs(tests):
-            fitting = [code for code in group if is_needed(code)]
+            fitting = [place for place, code in enumerate(group) if is_needed(code)]
             if fitting:
-                return fitting[-1]
+                return with_helpers(group[fitting[-1]], group[: fitting[-1]])
     return next((group[-1] for group in (python, unlabelled) if group), None)
+
+
+def with_helpers(program: str, earlier: list[str]) -> str:
+    """A program behind those of the earlier blocks that define what it uses and does not define."""
+    parts = [program]
+    missing = missing_names(parse_python(program))
+    for code in reversed(earlier):
+        if not missing:
+            break
+        tree = parse_python(code)
+        if defined := missing & dir_of(tree):
+            parts.insert(0, code)
+            missing = (missing - defined) | missing_names(tree)
+    return "\n".join(parts)
 
 
 def needs(tests: Tests) -> list:
@@ -261,12 +281,15 @@ def code_blocks(completion: str) -> list[tuple[str, str]]:
     """[(language, code), ...] of the closed blocks between fences of ``` or ~~~.
 
     A fence begins a line. A block may also begin at the end of a line of text, and end at the end of a line of code.
+    A fence that is indented by four blanks more than that of the block is a line of code, as in CommonMark: perhaps of
+    a docstring, so it ends the block only if that is whole.
     """
     blocks = []
     fence = None  # of the block that is open
     guesses = 0
     for line in completion.splitlines(keepends=True):
         text = line.strip()
+        depth = len(line) - len(line.lstrip())
         marks = FENCE.match(text)
         if fence is None:
             if marks and is_python(marks[2].lower()) and text.endswith(marks[1]):  # all of it in one line
@@ -277,8 +300,9 @@ def code_blocks(completion: str) -> list[tuple[str, str]]:
             if marks:
                 fence = marks[1]
                 language = marks[2].lower()
+                deepest = depth + 3
                 lines = []
-        elif marks and marks[1].startswith(fence) and not marks[2]:
+        elif marks and marks[1].startswith(fence) and not marks[2] and depth <= deepest:
             blocks.append((language, textwrap.dedent("".join(lines))))
             fence = None
         else:

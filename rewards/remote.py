@@ -21,6 +21,7 @@ import operator
 import os
 import sys
 import time
+from functools import lru_cache
 from importlib import import_module
 
 REPLY = 2**24  # bytes of one message
@@ -172,7 +173,9 @@ class End:
             return {kind.__name__: [self.encode(item) for item in value]}
         if parts := VALUES.get((kind.__module__, kind.__name__)):
             return {"value": [kind.__module__, kind.__name__, [self.encode(part) for part in parts(value)]]}
-        if hasattr(value, "tolist"):  # NumPy
+        if is_array(value):
+            return {"array": [value.dtype.str, list(value.shape), self.encode(value.ravel().tolist())]}
+        if hasattr(value, "tolist"):  # NumPy's numbers
             return self.encode(value.tolist())
         return self.encode_object(value)
 
@@ -246,6 +249,10 @@ class End:
                 return dict(enumerate(map(self.decode, content))).values()
             case "dict_items":
                 return dict(map(self.decode, content)).items()
+            case "array":
+                kind, shape, items = content
+                found = array(kind, shape, self.decode(items))
+                return found.view(array_for_tests()) if self.remote is remote_object else found
             case "value":
                 module, name, parts = content
                 if (module, name) in VALUES:
@@ -325,16 +332,54 @@ def builtin_class(name: str) -> type:
     return found
 
 
+def is_array(value) -> bool:
+    """Whether it is an array of NumPy's with numbers in it."""
+    kind = type(value)
+    return (kind.__module__, kind.__name__) == ("numpy", "ndarray") and value.dtype.kind in NUMBERS
+
+
+NUMBERS = "biufc"  # bool, int, unsigned, float, complex
+
+
+def array(kind: str, shape: list, items: list):
+    """An array of numbers. Raises TypeError for what may be more, such as one of objects."""
+    import numpy
+
+    if numpy.dtype(kind).kind not in NUMBERS:
+        raise TypeError(f"an array of the type {kind!r}")
+    return numpy.array(items, kind).reshape(shape)
+
+
+@lru_cache
+def array_for_tests() -> type:
+    """The arrays of a program: tests may compare them with lists, as if the program had returned one."""
+    import numpy
+
+    class ndarray(numpy.ndarray):
+        """Equal to a list if all is."""
+
+        __module__ = "numpy"
+        __hash__ = None
+
+        def __eq__(self, other):
+            return numpy.bool_(self.tolist() == other) if isinstance(other, list) else super().__eq__(other)
+
+        def __ne__(self, other):
+            return numpy.bool_(self.tolist() != other) if isinstance(other, list) else super().__ne__(other)
+
+    return ndarray
+
+
 def is_mutable(value) -> bool:
     """Whether it is data that a function can change in place."""
-    return isinstance(value, (list, dict, set, bytearray)) or type(value).__name__ == "deque"
+    return isinstance(value, (list, dict, set, bytearray)) or type(value).__name__ == "deque" or is_array(value)
 
 
 def update(argument, now):
     """Makes an argument what a call has left it as: a function may sort it in place, or what is in it."""
     if isinstance(argument, list):
         argument[:] = [updated(old, new) for old, new in zip(argument, now, strict=False)] + now[len(argument) :]
-    elif isinstance(argument, bytearray):
+    elif isinstance(argument, bytearray) or is_array(argument):
         argument[:] = now
     elif isinstance(argument, dict):
         now = {key: updated(argument.get(key), new) for key, new in now.items()}
@@ -360,7 +405,7 @@ def updated(old, new):
 
 
 def serve(source: str, channel: Channel):
-    """Runs the program, then does what the tests ask for."""
+    """Runs the program, then does what the tests ask for, for ever. Raises EOFError when they have ended."""
     module = sys.modules["solution"] = type(sys)("solution")
     printed = Printed()
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(printed), "utf-8", "surrogatepass")
@@ -425,7 +470,8 @@ def remote_function(end: End, place: int, name: str, is_iterator: bool):
 def take(iterator, most: int) -> list:
     """The next items of an iterator, at most so many: [items, whether it has ended].
 
-    It stops after 0.2 ms: the next item may be one that nobody will ask for, and that takes for ever.
+    It stops after 0.2 ms: the next item may be one that nobody will ask for, and that takes for ever. Raises what the
+    iterator raises.
     """
     if error := FAILURES.pop(id(iterator), None):
         raise error
@@ -645,7 +691,7 @@ def plain_data(remote: Remote) -> list:
 
 
 def after_plain_data(result):
-    """The result of an operation on an object of the program and plain data. TypeError unless it is an object, too."""
+    """What an object of the program and plain data have made. Raises TypeError unless it is an object of it, too."""
     if not isinstance(result, Remote):
         raise TypeError("an object of the program cannot be computed with as if it were a number")
     object.__setattr__(result, "_remote_has_met_plain", True)

@@ -308,11 +308,16 @@ def family(pid: int) -> list[int]:
     for parent in pids:  # which grows meanwhile
         try:
             for thread in os.listdir(f"/proc/{parent}/task"):
-                with open(f"/proc/{parent}/task/{thread}/children") as file:
-                    pids += map(int, file.read().split())
+                pids += children(parent, thread)
         except OSError:  # it has just ended
             pass
     return pids
+
+
+def children(pid: int, thread: str) -> list[int]:
+    """The processes that a thread has started."""
+    with open(f"/proc/{pid}/task/{thread}/children") as file:
+        return [int(child) for child in file.read().split()]
 
 
 def states(pid: int) -> list[str]:
@@ -376,10 +381,17 @@ def inside(mode: str, level: str, parent: str, packages: str):
 def prepare_interpreter(source: str):
     """What programs find in an interpreter that they expect to be an ordinary one."""
     import builtins
+    import io
 
     builtins.exit = builtins.quit = sys.exit  # `site` would define them
-    open_file = builtins.open  # there is no /dev/stdin in the root folder of its own
-    builtins.open = lambda file, *args, **kwargs: open_file(0 if file == "/dev/stdin" else file, *args, **kwargs)
+    sys.argv = ["program.py"]  # `fileinput` would read the files that are named behind it
+    open_file = builtins.open
+    stdin = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # which are not in the root folder of its own
+
+    def open_or_stdin(file, *args, **kwargs):
+        return open_file(0 if str(file) in stdin else file, *args, **kwargs)
+
+    io.open = builtins.open = open_or_stdin  # pathlib calls the former
     if "random" in source:
         import random
 
@@ -458,7 +470,10 @@ def readable() -> list[str]:
 
 
 def mounts(libc) -> bool:
-    """A root folder with nothing in it but what is readable: for all other files even stat() finds nothing."""
+    """A root folder with nothing in it but what is readable: for all other files even stat() finds nothing.
+
+    Returns False, and raises no error, where the kernel does not grant that.
+    """
     CLONE_NEWNS = 0x20000
     MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 0x1000, 0x4000, 0x40000, 2
     NEW = "/proc"  # a folder that there is everywhere, and that is not needed any more

@@ -40,6 +40,7 @@ FORMS = {  # published form: (tests, a right program, a wrong one)
     "LeetCode": ({"test": "def check(candidate):\n    assert candidate(a=1, b=2) == 3", "entry_point": "Solution().add"}, METHOD, "class Solution:\n    def add(self, a, b): return 0"),
     "candidate": ({"tests": ["assert candidate(1, 2) == 3"], "entry_point": "add"}, ADD, SUBTRACT),
     "KodCode": ("from solution import add\n\ndef test_add():\n    assert add(1, 2) == 3\n\ndef test_zero():\n    assert add(0, 0) == 0", ADD, SUBTRACT),
+    "KodCode, all names": ("from solution import *\ndef test_add():\n    x = add(1, 2)\n    assert x == 3", ADD, SUBTRACT),
     "KodCode, the module": ("import solution\ndef test_add():\n    assert solution.add(1, 2) == 3", ADD, SUBTRACT),
     "pytest class": ("class TestAdd:\n    def setup_method(self):\n        self.x = 3\n    def test_add(self):\n        assert add(1, 2) == self.x", ADD, SUBTRACT),
     "pytest parametrize": ("import pytest\n@pytest.mark.parametrize('a, b, c', [(1, 2, 3), (2, 2, 4)])\ndef test_add(a, b, c):\n    assert add(a, b) == c", ADD, SUBTRACT),
@@ -50,6 +51,7 @@ FORMS = {  # published form: (tests, a right program, a wrong one)
     "unittest": ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 2), 3)", ADD, SUBTRACT),
     "unittest with main": ("from unittest import TestCase, main\nimport unittest\nclass T(TestCase):\n    def setUp(self):\n        self.x = 3\n    def test(self):\n        self.assertEqual(add(1, 2), self.x)\nif __name__ == '__main__':\n    unittest.main()", ADD, SUBTRACT),
     "unittest that looks at nothing": ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 2), 3)\nunittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T))", ADD, SUBTRACT),
+    "question without assert": ("import numpy as np\nnp.allclose(add(1, 2), 3)\nisinstance(add(1, 2), int)\nall([add(1, 2) == 3])", ADD, SUBTRACT),
     "comparison without assert": (["add(1, 2) == 3", "not add(0, 0)", "add(1, 1) == 2 and add(2, 2) == 4"], ADD, SUBTRACT),
     "stdin": ([{"input": "1 2\n", "output": "3\n"}, {"input": "2 2\n", "output": "4\n"}], STDIN, "print(3)"),
     "one case": ({"input": "1 2\n", "output": "3\n"}, STDIN, "print(4)"),
@@ -87,7 +89,7 @@ def test_published_forms(form):
         ("async def test_add():\n    assert add(1, 2) == 3", "no asyncio"),
         ("def test_add(capsys):\n    assert add(1, 2) == 3", "`test_add` wants the fixture `capsys`, which there is not"),
         ("from my_module import add\nassert add(1, 2) == 3", "`my_module`, which is not installed; the program's module is `solution`"),
-        ("from solution import *\nassert add(1, 2) == 3", "one by one"),
+        ("import asyncio\nassert asyncio.run(add(1, 2)) == 3", "`asyncio`, which the sandbox does not let run"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
         ({"inputs": "1", "outputs": "2"}, "no tests; expected one of `tests`"),
         ({"questions": 1}, "no tests; expected one of `tests`"),
@@ -300,6 +302,53 @@ def test_a_program_that_reads_input_is_preferred(blocks, chosen):
     assert program_in(completion, parse_tests(CASES)).strip() == blocks[chosen].strip()
 
 
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (["def g(x): return x", "def f(x): return g(x)"], 1),
+        (["def g(x): return 0", "def f(x): return g(x)"], 0),
+        (["def g(x): return 0", "def g(x): return x", "def f(x): return g(x)"], 1),
+        (["def g(x): return x", "def g(x): return 0", "def f(x): return g(x)"], 0),
+        (["import math", "def f(x): return math.floor(x)"], 1),
+        (["K = 0", "def g(x): return x + K", "def f(x): return g(x)"], 1),
+        (["class Node:\n    def __init__(self, v): self.v = v", "print(Node(2).v)", "def f(x): return Node(x).v"], 1),
+        (["def f(x): return x", "def f(x): return g(x)"], 0),
+        (["def g(x) return x", "def f(x): return g(x)"], 0),
+        (["f = max", "def f(x): return x"], 1),
+    ],
+)
+def test_what_a_program_uses_may_stand_in_a_block_before_it(blocks, expected):
+    completion = "\nThen:\n".join(block(source) for source in blocks)
+    assert judge("code", completion, ["assert f(1) == 1", "assert f(3) == 3"]).reward == expected
+
+
+READERS = {  # programs read their input in all these ways
+    "input": "a, b = map(int, input().split())",
+    "read": "import sys\na, b = map(int, sys.stdin.read().split())",
+    "lines": "import sys\nfor line in sys.stdin:\n    a, b = map(int, line.split())",
+    "alias": "import sys\ninput = sys.stdin.readline\na, b = map(int, input().split())",
+    "bytes": "import sys\na, b = map(int, sys.stdin.buffer.readline().split())",
+    "fileinput": "import fileinput\nfor line in fileinput.input():\n    a, b = map(int, line.split())",
+    "open(0)": "a, b = map(int, open(0).read().split())",
+    "fdopen": "import os\na, b = map(int, os.fdopen(0).read().split())",
+    "/dev/stdin": "with open('/dev/stdin') as file:\n    a, b = map(int, file.read().split())",
+    "/dev/fd/0": "a, b = map(int, open('/dev/fd/0').read().split())",
+    "pathlib": "from pathlib import Path\na, b = map(int, Path('/dev/stdin').read_text().split())",
+    "io.open": "import io\na, b = map(int, io.open('/dev/stdin', 'rb').read().split())",
+    "numpy": "import sys\nimport numpy as np\na, b = np.loadtxt(sys.stdin, dtype=int)",
+    "until the end": "while True:\n    try:\n        a, b = map(int, input().split())\n    except EOFError:\n        break",
+    "byte by byte": "import os\ntext = b''\nwhile byte := os.read(0, 1):\n    text += byte\na, b = map(int, text.split())",
+    "StringIO": "import io, sys\nsys.stdin = io.StringIO(sys.stdin.read())\na, b = map(int, input().split())",
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+def test_every_way_to_read_input(way):
+    tests = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20\n", "output": "30\n"}]
+    assert reward(READERS[way] + "\nprint(a + b)", tests).reward == 1
+    assert reward(READERS[way] + "\nprint(a - b)", tests).reason == "wrong"
+
+
 def test_a_program_that_is_cut_off_earns_nothing():
     """Not even where what there is of it would pass."""
     for end in ("", "\n", "\n#", "\n``"):
@@ -408,6 +457,9 @@ RIGHT = [  # (a right program, tests)
     (VECTOR, ["v = Vector(1)", "import copy", "w = copy.deepcopy(v)", "w.x = [2]", "assert v.x == [1]"]),
     (VECTOR, ["assert isinstance(Vector(1), Vector) and not isinstance(1, Vector)", "v = Vector(1)", "v += Vector(2)", "assert v.x == [3]"]),
     ("class A: pass\nclass B(A): pass", ["assert issubclass(B, A) and not issubclass(A, B)", "assert isinstance(B(), A) and not isinstance(A(), B)", "assert hasattr(A, 'x') is False"]),
+    ("import numpy as np\ndef f(): return np.arange(6).reshape(2, 3), np.ones((2, 0)), np.array([True]), np.array([1j]), np.array(['a'])", ["a, b, c, d, e = f()", "assert a.shape == (2, 3) and a.sum() == 15 and a.tolist() == [[0, 1, 2], [3, 4, 5]] and a.T[2, 1] == 5", "assert b.shape == (2, 0) and c.dtype == bool and d[0] == 1j and list(e) == ['a']"]),
+    ("def f(a):\n    a.sort()\n    a += 1\n    return a", ["import numpy as np", "a = np.array([[3, 1], [0, 2]])", "b = f(a)", "assert b is a and a.tolist() == [[2, 4], [1, 3]]", "np.testing.assert_array_equal(f(np.array([2.5, 1.5])), [2.5, 3.5])"]),
+    ("import numpy as np\ndef f(x): return {'mean': np.mean(x), 'all': (np.array(x), 1)}", ["r = f([1, 2])", "assert r['mean'] == 1.5 and (r['all'][0] == [1, 2]).all() and r['all'][1] == 1"]),
     (ERRORS, ["try:\n    f(-1)\n    assert False\nexcept Bad as error:\n    assert str(error) == '[7] negative' and error.code == 7 and error.args == ('negative',)"]),
     (ERRORS, ["import pytest\nwith pytest.raises(Base):\n    f(-1)\nwith pytest.raises(ValueError, match='negative'):\n    f(-2)\nwith pytest.raises(KeyError):\n    f(5)"]),
     (ERRORS, ["assert issubclass(Bad, ValueError) and issubclass(Bad, Base) and not issubclass(Base, ValueError)", "assert f(0) == 1"]),
@@ -461,6 +513,28 @@ def test_right_programs_pass_whatever_they_return(source, tests):
     exec(compile(source.replace("input()", "'1'"), "program.py", "exec"), plain) if "assert f(1) == 2" not in source else None
 
 
+POINT = """
+class Point:
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return self.x == other.x
+    def __hash__(self): return hash(self.x)
+    def __add__(self, other): return Point(self.x + other.x)
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    ["Point(1) == Point(1)", "not Point(1) == Point(2)", "Point(1) != Point(2)", "len({Point(1), Point(1)}) == 1", "Point(1) in [Point(2), Point(1)]", "[Point(1)] == [Point(1)]", "Point(1) + Point(2) == Point(3)", "[Point(2), Point(1)].index(Point(1)) == 1"],
+)  # fmt: skip
+def test_one_comparison_of_objects_is_a_test(test):
+    """It fails for a class that does not say what is equal, but for `!=`, and for one that says that all are."""
+    assert reward(POINT, f"assert {test}").reason == "right"
+    without = POINT.replace("__eq__", "equals")
+    everything = POINT.replace("return self.x == other.x", "return True").replace("hash(self.x)", "1")
+    is_negative = "not" in test or "!" in test
+    assert reward(everything if is_negative else without, f"assert {test}").reward != 1
+
+
 EVIL = """
 class E:
     def __call__(self, *given, **named): return self
@@ -506,6 +580,17 @@ FORGERS = [
     "import json, os\nfor fd in range(3, 12):\n    try: os.write(fd, b'[\"raise\", {\"error\": [{\"builtin\": \"SystemExit\"}, [0], \"\", {}]}, [], \"\"]\\n' * 9)\n    except OSError: pass\ndef f(x): return 0",
     "import os\nfor fd in range(0, 12):\n    try: os.write(fd, b'null\\n' * 50)\n    except OSError: pass\ndef f(x): return 0",
     "def f(x): return '\\nnull\\nnull\\n'",
+    "import numpy as np\nclass A(np.ndarray):\n    def __eq__(self, other): return True\ndef f(x): return np.zeros(1).view(A)",
+    "import remote\nremote.End.encode = lambda self, value: {'array': ['O', [1], {'list': [{'mine': [0, 'x', False]}]}]}\ndef f(x): return 0",
+    "import remote\nremote.End.encode = lambda self, value: {'array': ['<i8', [0], {'list': []}]}\ndef f(x): return 0",
+    "class A:\n    def tolist(self): return 2 if self else 3\n    def __eq__(self, other): return True\nA.__name__, A.__module__ = 'ndarray', 'numpy'\ndef f(x): return [A()]",
+    "from unittest.mock import ANY\ndef f(x): return ANY",
+    "import pytest\ndef f(x): return pytest.approx(0, abs=1e9)",
+    "import pytest\ndef f(x): pytest.skip('x')",
+    "from decimal import Decimal\nclass D(Decimal):\n    def __eq__(self, other): return True\ndef f(x): return D(9)",
+    "class f(int):\n    @property\n    def __class__(self): return int\n    def __eq__(self, other): return True\n    def more(self): pass",
+    "import builtins, math\nbuiltins.abs = math.isclose = builtins.sorted = builtins.max = lambda *a, **k: 0\ndef f(x): return 9",
+    "abs = isclose = round = sorted = sum = max = lambda *a, **k: 0\ndef f(x): return 9",
 ]  # fmt: skip
 JUDGES = [
     "assert f(1) == 2", "assert 2 == f(1)", "assert f(1) in (2, 3)", "assert 2 in [f(1)]", "assert {2: 1}[f(1)]", "assert len({f(1), 2}) == 1",
