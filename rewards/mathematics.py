@@ -724,7 +724,7 @@ def is_right(latex: str, gold: Gold) -> bool | None:
 
 def spelled(latex: str) -> str:
     """The letters and digits, whatever spacing, case and article."""
-    latex = re.sub(r"\b(?:an?|the) +(?=[a-z]{2})", "", latex)
+    latex = re.sub(r"(?i)\b(?:an?|the) +(?=[a-z]{2})", "", latex)
     return re.sub(r"\\text|[{}() ]", "", latex).rstrip(".").casefold()
 
 
