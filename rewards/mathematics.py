@@ -108,10 +108,18 @@ def final_numbers(text: str) -> list[Fraction]:
         if number and not (is_first and re.match(r"[.)] +[a-zA-Z]", text[number.end() :])):  # 1. First we
             return stated_numbers(text, number)
     numbers = list(NUMBER.finditer(LABEL.sub(" ", text))) or list(NUMBER.finditer(text))
-    is_open = len(numbers) > 1 and re.fullmatch(
-        rf" *(?:{OR}|-) *", numbers[-1].string[numbers[-2].end() : numbers[-1].start()]
-    )
-    return [value(number) for number in numbers[-2 if is_open else -1 :]]  # 17 or 18
+    values = [value(number) for number in numbers[-2:]]
+    if len(values) == 2:
+        between = text_between(*numbers[-2:])
+        is_range = re.fullmatch(" *- *", between) and values[0] < values[1]  # 17-18; but 10-5 ends with 5
+        if is_range or re.fullmatch(rf" *(?:{OR}) *", between):  # 17 or 18
+            return values
+    return values[-1:]
+
+
+def text_between(first: re.Match, second: re.Match) -> str:
+    """What stands between two matches in one text."""
+    return first.string[first.end() : second.start()]
 
 
 def stated_numbers(text: str, number: re.Match) -> list[Fraction]:
@@ -544,7 +552,7 @@ def kinds_of_undone(formula) -> set[str]:
 
     kinds = set()
     for part in sympy.preorder_traversal(formula):
-        if isinstance(part, sympy.Add) and (has_duplicates(terms(part)) or cancels(part)):
+        if isinstance(part, sympy.Add) and has_duplicates(terms(part)):
             kinds.add("terms")
         elif isinstance(part, sympy.Mul) and has_duplicates(factors(part)):
             kinds.add("factors")
@@ -552,21 +560,6 @@ def kinds_of_undone(formula) -> set[str]:
             if part.args[0].free_symbols and part.args[0].is_polynomial():
                 kinds.add("fraction")
     return kinds
-
-
-def cancels(total) -> bool:
-    """Whether, expanded, a term with a variable is no longer in a sum: (x+2)(x+3) - x^2. Up to the tenth power."""
-    if not total.free_symbols or not total.is_polynomial() or powers(total) > 10:
-        return False
-    found = {term for part in total.args for term in terms(part.expand()) if term}
-    return bool(found - set(terms(total.expand())))
-
-
-def powers(formula) -> int:
-    """The largest exponent in a polynomial."""
-    import sympy
-
-    return max((power.args[1] for power in formula.atoms(sympy.Pow)), default=0)
 
 
 def has_duplicates(things) -> bool:

@@ -269,7 +269,7 @@ def test_bad_ground_truths_are_found_at_the_start(pool, name, gold, message):
 
 
 def test_the_command_checks_files(tmp_path, capsys):
-    good = write_jsonl(tmp_path / "good.jsonl", [{"dataset": "gsm8k", "ground_truth": "5", "completion": "6 or 5"}, {"dataset": "math", "ground_truth": "5", "completion": "?"}, {"dataset": ["exact"], "ground_truth": ["a"], "weights": [2]}])  # fmt: skip
+    good = write_jsonl(tmp_path / "good.jsonl", [{"dataset": "gsm8k", "ground_truth": "5", "completion": "6, no: 5"}, {"dataset": "math", "ground_truth": "5", "completion": "?"}, {"dataset": ["exact"], "ground_truth": ["a"], "weights": [2]}])  # fmt: skip
     main([good])
     assert capsys.readouterr().out == f"{good}: 3 ground truths\n  2 completions, mean reward 0.5000: 1 right, 1 unparsed\n"
     for row, message in [

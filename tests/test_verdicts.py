@@ -32,6 +32,6 @@ def test_the_verdict_on_every_triple(cases):
 
 
 def test_the_triples_are_of_both_kinds(cases):
-    """A verifier that always says yes, or no, would get half of them wrong."""
+    """A verifier that always says yes, or no, would get some of each verifier's wrong."""
     counts = Counter((case["verifier"], case["right"]) for case in cases)
-    assert all(counts[name, right] >= 3 for name, _ in counts for right in (True, False))
+    assert all(counts[name, right] >= 2 for name, _ in counts for right in (True, False))
