@@ -8,7 +8,8 @@
     jobs.py         what is asked: one verifier or several, with weights
     pool.py         who judges: processes that can be killed, because completions are hostile
     judges.py       rewards that ask a model
-    sandbox.py      where programs that a model wrote run
+    audit.py        which rows have tests that test nothing
+    sandbox.py      where programs that a model wrote run; remote.py and harness.py: what their tests see of them
 
     python -m rewards train.jsonl samples.jsonl     # checks ground truths; scores rows that have a `completion`
 
