@@ -164,7 +164,7 @@ class Reader:
 
     def job(self, make_job: RowJobs, row: dict) -> list:
         """(verifiers, ground truths, weights[, context]). Raises ValueError."""
-        job = make_job(alone(row) if make_job.chosen else row, None)
+        job = make_job(row, None)
         if len(job) == 4 and "prompt" in job[3]:
             messages = read_conversation(row, needs_answer=False)
             job[3]["prompt"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -186,14 +186,6 @@ class Reader:
         if number not in self.data[source]:
             raise ValueError(f"it is of {origin}, which is not there")
         return {**self.data[source][number], "completion": row.get("completion")}
-
-
-def alone(row: dict) -> dict:
-    """The row with its ground truth itself, for another verifier, where `dataset` and `ground_truth` are lists."""
-    ground_truth = row.get("ground_truth")
-    if isinstance(row.get("dataset"), list) and isinstance(ground_truth, list) and len(ground_truth) == 1:
-        return {**row, "ground_truth": ground_truth[0]}
-    return row
 
 
 def print_audit(pool: Pool, rows: list[Row]):

@@ -125,7 +125,7 @@ class RowJobs:
             chosen = [(name, 1.0) for name in self.defined]
         if chosen:
             names, weights = map(list, zip(*chosen, strict=True))
-            job = [names, [row.get("ground_truth")] * len(names), weights]
+            job = [names, [_single_ground_truth(row)] * len(names), weights]
         else:
             job = common.row_job(row)
             names = job[0]
@@ -144,6 +144,14 @@ class RowJobs:
 def _names(verifiers):
     """In small letters: rows may name verifiers in any case."""
     return [str(name).lower() for name in (verifiers if isinstance(verifiers, list) else [verifiers])]
+
+
+def _single_ground_truth(row):
+    """The ground truth for verifiers that the row does not name: itself, where the row has it in a list of one."""
+    ground_truth = row.get("ground_truth")
+    if isinstance(row.get("dataset"), list) and isinstance(ground_truth, list) and len(ground_truth) == 1:
+        return ground_truth[0]
+    return ground_truth
 
 
 def _load(source):

@@ -505,6 +505,15 @@ def test_who_judges_a_row(own, own_verifiers, verifier, dataset, names):
         assert job[2] == [1.0, 2.0]
 
 
+def test_a_chosen_verifier_gets_the_ground_truth_itself():
+    """Not the list of one that the row has it in, beside a list of one `dataset`; a list that is one stays a list."""
+    jobs = RowJobs(verifier=["exact"])
+    assert jobs({"dataset": ["math"], "ground_truth": ["5"]}, [])[1] == ["5"]
+    assert jobs({"dataset": "contains", "ground_truth": ["a"]}, [])[1] == [["a"]]
+    assert jobs({"dataset": ["math", "format"], "ground_truth": ["5", ""]}, [])[1] == [["5", ""]]
+    assert RowJobs()({"dataset": ["math"], "ground_truth": ["5"]}, [])[1] == ["5"]
+
+
 def test_rows_nobody_judges_and_verifiers_that_are_not_there(own_verifiers):
     with pytest.raises(ValueError, match="no field 'dataset'"):
         RowJobs()({"prompt": "4?"}, [user("4?")])
