@@ -116,6 +116,7 @@ def test_compiled_layers_have_no_break_and_few_shapes(flash_attention, family, k
     assert not counters["graph_break"] and 0 < counters["stats"]["unique_graphs"] <= 3 * kinds
 
 
+@pytest.mark.slow  # 45 s
 def test_the_gpu_benchmark_walks_through(tmp_path):
     """Everything that can run on a CPU is measured; what cannot says why; losses of contestants agree."""
     command = [sys.executable, "benchmarks/gpu.py", "--dry", "--steps", "3", "--warmup", "1", "--out", str(tmp_path / "x.json")]
