@@ -472,8 +472,8 @@ def mean_of_updates(updates):
     return means
 
 
-class RewardScores(torch.nn.Module):
-    """A reward model that maps a packed microbatch to scores: at each token, that of its sequence up to it."""
+class TokenScores(torch.nn.Module):
+    """A model with a score head, for rewards or values: position t, with the tokens up to t read, holds its number."""
 
     def __init__(self, model):
         super().__init__()
@@ -496,7 +496,7 @@ def load_reward_model(args, policy_config, chat, device, mesh):
         raise common.RunError(f"--reward_model {args.model} is no reward model: reward_model.py trains one")
     config.update({name: 0.0 for name in config.to_dict() if "dropout" in name})  # off, as in the policy
     config.num_labels = 1
-    return load_model(args, config, AutoModelForSequenceClassification, RewardScores, device, mesh)
+    return load_model(args, config, AutoModelForSequenceClassification, TokenScores, device, mesh)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

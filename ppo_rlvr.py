@@ -174,8 +174,8 @@ class Policy(torch.nn.Module):
         return logprobs.clone(), entropy.detach().clone()  # (T,), (T,) 0 without a target; FSDP2 warns of views
 
 
-class ValueModel(torch.nn.Module):
-    """A language model that maps a packed microbatch to V: position t, with the tokens up to t read, holds V_{t+1}."""
+class TokenScores(torch.nn.Module):
+    """A model with a score head, for rewards or values: position t, with the tokens up to t read, holds its number."""
 
     def __init__(self, model):
         super().__init__()
@@ -325,7 +325,7 @@ def main(args):
     rollouts = Rollouts(args, chat, rows, eval_rows, Sample, run.signals)
     policy = load_model(args, config, AutoModelForCausalLM, Policy, device, mesh)
     reference = weights_on_host(policy)  # π_ref: before run.resume loads other weights
-    value_model = load_model(value_args, value_config, ScoreModel, ValueModel, device, mesh)
+    value_model = load_model(value_args, value_config, ScoreModel, TokenScores, device, mesh)  # V_{t+1} at position t
     reward_model = weights_on_host(value_model) if args.reward_model_coef else None
     if args.zero_value_head:  # the reward model, copied above, keeps its head
         torch.nn.init.zeros_(value_model.model.score.weight)

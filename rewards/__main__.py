@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import tyro
 
 from common import DataError, RunError, read_conversation, read_rows
-from rewards.audit import CODE, audit
+from rewards.audit import audit, code_job
 from rewards.environment import RowJobs, highest_reward
 from rewards.jobs import split_job
 from rewards.pool import Pool
@@ -192,11 +192,9 @@ def print_audit(pool: Pool, rows: list[Row]):
     """Lists the code rows whose tests are worth no reward."""
     code, jobs = [], []
     for row in rows:
-        verifiers, ground_truths, weights, *context = row.job
-        parts, _ = split_job(verifiers, None, ground_truths, weights)
-        if any(name in CODE for name, *_ in parts):
+        if job := code_job(*row.job):
             code.append(row)
-            jobs.append((verifiers, context[0].get("reference") if context else None, ground_truths, weights))
+            jobs.append(job)
     if not code:
         return
     problems = audit(pool, jobs)

@@ -18,7 +18,7 @@ from rewards import programs
 from rewards.equality import is_same, same_output
 from rewards.jobs import split_job
 from rewards.program_tests import Tests
-from rewards.verifiers import VERIFIERS, verifier
+from rewards.verifiers import VERIFIERS, registered_name, verifier
 
 CODE = ("code", "code_stdio", "code_share")
 REFERENCES = ("canonical_solution", "reference_solution", "solution", "code", "solutions")  # columns of published rows
@@ -53,6 +53,14 @@ def audit(pool, jobs: list[tuple]) -> dict[int, str]:
         if verdict.reward != 1:
             problems |= dict.fromkeys(indices, verdict.answer or verdict.reason)
     return dict(sorted(problems.items()))
+
+
+def code_job(verifiers, ground_truths, weights=None, context=None) -> tuple | None:
+    """The job of `audit` for a row's job (see jobs.py), whose context has the reference; None if no part is code."""
+    names = verifiers if isinstance(verifiers, list) else [verifiers]
+    if not any(registered_name(name) in CODE for name in names):
+        return None
+    return verifiers, (context or {}).get("reference"), ground_truths, weights
 
 
 @verifier("code_audit", seconds=programs.ENOUGH)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import common
 from kernels.sampler import Sampler, SamplingParams
-from rewards.audit import CODE, audit, reference, report
+from rewards.audit import audit, code_job, reference, report
 from rewards.jobs import GATE, failure_rates, read_weight, split_job
 from rewards.pool import Pool
 from rewards.verifiers import VERIFIERS, Verdict, load, registered_name
@@ -136,7 +136,7 @@ class RowJobs:
             context["prompt"] = messages
         if "row" in wanted:
             context["row"] = {name: value for name, value in row.items() if name not in CONVERSATION}
-        if self.audit and set(names) & set(CODE):
+        if self.audit and code_job(*job):
             context["reference"] = reference(row)
         return [*job, json.loads(json.dumps(context, default=str))] if context else job
 
@@ -249,7 +249,7 @@ class Rollouts:
         self.find_end = StopStrings(chat.tokenizer, args.stop_strings) if args.stop_strings else None
         self.gloo = dist.new_group(backend="gloo") if dist.is_initialized() else None  # for _gather
         self.pool = Pool(args.verifier_workers, args.sandbox)
-        self.tickets = {}  # (step, index, sample) of a completion that has ended → its text, the pool's ticket
+        self.tickets = {}  # of completions that have ended: _number → pool's ticket, text, first verifier, weights
         self.asks = False  # whether any row is judged by a model
         self.judge_tokens = 0  # of this rank's judges, when they were last counted
         self._check(rows)
@@ -500,21 +500,17 @@ class Rollouts:
 
     def _judge(self, rows, completions, row_numbers):
         """The groups of all ranks, by position, from this rank's completions and the rows of their prompts."""
-        texts = []
-        tickets = []
+        submitted = []
         for completion, row in zip(completions, row_numbers, strict=True):
             if _number(completion) not in self.tickets:  # it has ended before the run was stopped
                 self._submit(rows, completion, row)
-            text, ticket = self.tickets.pop(_number(completion))
-            texts.append(text)
-            tickets.append(ticket)
-        verdicts = self.pool.collect(tickets)
+            submitted.append(self.tickets.pop(_number(completion)))
+        verdicts = self.pool.collect([ticket for ticket, *_ in submitted])
         samples = []
-        for completion, row, text, verdict in zip(completions, row_numbers, texts, verdicts, strict=True):
-            [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
-            parts, weights = split_job(verifier, text, ground_truth, weights, context)
-            if not verdict.parts and weights[0] not in (0, GATE):
-                verdict = verdict._replace(parts=((parts[0][0], verdict.reward / weights[0]),))
+        for completion, row, kept, verdict in zip(completions, row_numbers, submitted, verdicts, strict=True):
+            _, text, verifier, weights = kept
+            if not verdict.parts and weights[0] != 0:
+                verdict = verdict._replace(parts=((verifier, verdict.reward / weights[0]),))
             input_ids = np.concatenate([completion.prompt_ids, completion.token_ids])
             sample = self.sample_class(
                 position=completion.index,
@@ -544,8 +540,9 @@ class Rollouts:
         if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
             judged = "<think>" + text
         [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
-        ticket = self.pool.submit((verifier, judged, ground_truth, weights, context))
-        self.tickets[_number(completion)] = text, ticket
+        job = verifier, judged, ground_truth, weights, context
+        parts, weights = split_job(*job)
+        self.tickets[_number(completion)] = self.pool.submit(job), text, parts[0][0], weights
 
     def _look(self):
         """Called between steps of sampling: those who judge get on. Returns whether to stop."""
@@ -616,10 +613,10 @@ class Rollouts:
         mine = []
         jobs = []
         share = self._my_share(range(len(rows)))
-        for row, (verifier, ground_truth, weights, context) in zip(share, _jobs(rows, share), strict=True):
-            if set(_names(verifier)) & set(CODE):
+        for row, row_job in zip(share, _jobs(rows, share), strict=True):
+            if job := code_job(*row_job):
                 mine.append(row)
-                jobs.append((verifier, (context or {}).get("reference"), ground_truth, weights))
+                jobs.append(job)
         total = sum(self._gather([len(jobs)]))
         if not total:
             return
@@ -634,7 +631,10 @@ class Rollouts:
             problems = sorted(self._gather(problems))
         problems = dict(problems)
         if _rank() == 0:
-            _write_json(path, known | {rows.fingerprint: problems})
+            try:
+                common.replace_text(path, json.dumps(known | {rows.fingerprint: problems}))
+            except OSError as error:
+                raise common.RunError(f"writing {path} failed: {error}") from None
             numbers = {row: rows.where(row).rpartition("row ")[2] for row in problems}
             if len(rows.sources) > 1:
                 numbers = {row: f"{number} of {rows.where(row).rpartition(',')[0]}" for row, number in numbers.items()}
@@ -700,15 +700,6 @@ def _jobs(rows, row_numbers):
     for text in rows.table.select(row_numbers)["job"]:
         job = json.loads(text)
         yield (*job, None) if len(job) == 3 else tuple(job)
-
-
-def _write_json(path, value):
-    """Whole or not at all."""
-    try:
-        path.with_suffix(".tmp").write_text(json.dumps(value))
-        path.with_suffix(".tmp").rename(path)
-    except OSError as error:
-        raise common.RunError(f"writing {path} failed: {error}") from None
 
 
 def _number(completion):

@@ -404,7 +404,6 @@ def names_in(nodes: list[ast.stmt]) -> tuple[set, set, set, set]:
     Raises ValueError if it imports what is not there.
     """
     used = set()
-    bound = set()
     modules = set()
     imported = set()
     solutions = set()  # what the module of the program is called
@@ -415,18 +414,12 @@ def names_in(nodes: list[ast.stmt]) -> tuple[set, set, set, set]:
                 modules.add(name)
             case ast.Name(id=name, ctx=ast.Load()):
                 used.add(name)
-            case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
-                bound.add(name)
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                bound.add(name)
             case ast.ImportFrom(module=module, names=aliases):
-                bound.update(alias.asname or alias.name for alias in aliases)
                 if module == SOLUTION:
                     imported.update(alias.name for alias in aliases)
                 else:
                     check_module(module)
             case ast.Import(names=aliases):
-                bound.update(alias.asname or alias.name.split(".")[0] for alias in aliases)
                 for alias in aliases:
                     if alias.name == SOLUTION:
                         solutions.add(alias.asname or SOLUTION)
@@ -436,7 +429,21 @@ def names_in(nodes: list[ast.stmt]) -> tuple[set, set, set, set]:
         match node:
             case ast.Attribute(value=ast.Name(id=name)) if name in solutions:
                 imported.add(node.attr)
-    return used, bound, modules, imported
+    return used, bound_names(inner), modules, imported
+
+
+def bound_names(nodes) -> set[str]:
+    """The names that nodes of Python bind, each by itself."""
+    names = set()
+    for node in nodes:
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.alias(name=name, asname=asname):
+                names.add(asname or name.split(".")[0])
+    return names
 
 
 def check_module(name: str | None):

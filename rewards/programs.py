@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from rewards import sandbox, verifiers
 from rewards.equality import same_output
-from rewards.program_tests import LIBRARIES, Tests, library_names, parse_tests
+from rewards.program_tests import LIBRARIES, Tests, bound_names, library_names, parse_tests
 from rewards.verifiers import Verdict, not_judged, verifier
 
 SECONDS = 20  # of processor time and sleep, for all tests of a program; tests that are left then have failed
@@ -158,16 +158,7 @@ def missing_names(tree: ast.Module) -> set[str]:
 
 def dir_of(tree: ast.Module) -> set[str]:
     """All names that a program binds anywhere, and the built-in ones."""
-    names = set(dir(builtins))
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
-                names.add(name)
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                names.add(name)
-            case ast.alias(name=name, asname=asname):
-                names.add(asname or name.split(".")[0])
-    return names
+    return bound_names(ast.walk(tree)) | set(dir(builtins))
 
 
 def only_function(program: str) -> str:
