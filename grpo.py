@@ -89,7 +89,7 @@ class Args:
     # the algorithm
     no_eos_score: float | None = None  # score of a completion without end token; None: scored like the others
     reward_model: str | None = None  # folder or Hub id of a reward model; needs --reward_model_coef
-    reward_model_coef: float = 0.0  # adds this times a reward model's score; in ppo_rlvr.py that of --value_model as loaded
+    reward_model_coef: float = 0.0  # adds this times a reward model's score; in ppo_rlvr.py by --value_model as loaded
     group_size: int = 8  # G, completions sampled for each prompt
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     normalize_std: bool = False  # divide advantages by the standard deviation of the group's rewards

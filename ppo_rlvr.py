@@ -94,7 +94,7 @@ class Args:
     gae_lambda: float = 0.95  # λ of equation (1)
     reward_scale: float = 10.0  # the score of a completion is this times its reward by the verifiers
     no_eos_score: float | None = -10.0  # score of a completion without end token; None: scored like the others
-    reward_model_coef: float = 0.0  # adds this times a reward model's score; in ppo_rlvr.py that of --value_model as loaded
+    reward_model_coef: float = 0.0  # adds this times a reward model's score; in ppo_rlvr.py by --value_model as loaded
     group_size: int = 1  # G, completions sampled for each prompt
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     clip_low: float = 0.2  # ε_low of equation (4)
