@@ -4,15 +4,19 @@
     sampler.sync(policy)                                         after every update of the policy
     params = SamplingParams(n=8, max_new_tokens=1024, seed=1)
     completions = sampler.sample(prompts, params, step=step)
+    sampler.release()                                            gives its memory to training, until the next sync
 
 or, of a model that is not in training, `Sampler.from_pretrained(folder)`, and no `sync`.
 
 The sampler has its own copy of the weights on this rank, in the precision the policy computes in (bf16 on CUDA, float32
-on CPU), so decoding needs no collectives and ranks may decode different lengths. Sequences live in *slots*: row b of
-the key-value buffers belongs to one sequence, which stands at a position of its own. When a sequence ends, the next one
-that waits takes its slot. All tokens of a prompt but the last are *prefilled*, once for all its samples: a packed
-forward pass stores their keys and values. The last one is the first to be decoded, so that every sampled token comes
-out of the same function, `_decode`.
+on CPU), so decoding needs no collectives and ranks may decode different lengths. (Of a model that is too large for this
+a group of ranks shares one copy, and samples the same prompts in lockstep: `kernels/parallel.py`.) Between `release`
+and the next `sync` it has no memory: training needs it then.
+
+Sequences live in *slots*: row b of the key-value buffers belongs to one sequence, which stands at a position of its
+own. When a sequence ends, the next one that waits takes its slot. All tokens of a prompt but the last are *prefilled*,
+once for all its samples: a packed forward pass stores their keys and values. The last one is the first to be decoded,
+so that every sampled token comes out of the same function, `_decode`.
 
 From the raw logits s (V,) at the position before t, token y_t of a sample is drawn by
 
@@ -29,7 +33,6 @@ Shapes:  B slots, n the first of them that are in use, L positions of a slot, V 
 P tokens of a prompt, T of its completion, E end tokens.
 """
 
-import copy
 import hashlib
 import re
 import struct
@@ -50,6 +53,7 @@ from transformers.utils import cached_file
 
 from kernels.head import _matmul
 from kernels.joined import join_products
+from kernels.parallel import agree, any_of, connect, divide, own_part
 from kernels.slots import Slots
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass
@@ -136,26 +140,28 @@ class Sampler:
         slots: sequences decoded at a time. max_length: most tokens of prompt and completion together.
         eos_ids: tokens that end a completion. device: where to decode, a torch.device or its name.
         never: ids that are not drawn, although the model gives them a probability (and their share stays in (2)).
+        group: the process group of the ranks that share a copy; None: this rank has its own.
 
     Raises:
-        ValueError: a model with features that are not supported, max_length beyond its positions, or too little memory.
+        ValueError: a model with features that are not supported, max_length beyond its positions, too little memory, or
+            a group that cannot divide the model.
     """
 
-    def __init__(self, config, slots, max_length, eos_ids, device, never=()):
+    def __init__(self, config, slots, max_length, eos_ids, device, never=(), group=None):
         self.device = torch.device(device)
-        _check_config(config, max_length)
         self.config = config
         self.slots = slots
         self.max_length = max_length
         self.eos_ids = set(eos_ids)
-        self.synced = False
+        self.group = group
 
-        self._make_model()
-        _check_memory(self.model, self.cache, self.device, slots, max_length)
-        self.model.to_empty(device=self.device)
-        self.model.eval().requires_grad_(False)
-        self.model.tie_weights()
-        self.cache.allocate(self.device)
+        # On meta, where nothing has memory; the first `sync` gives it some.
+        self.model, self.cache = _build(config, slots, max_length, _precision(self.device), group)
+        weights, cache = _bytes(self.model, self.cache)
+        _check_memory(weights, cache, self.device, slots, max_length)
+        self.storages = None  # [(storage, bytes), ...] of all that `release` gives back
+        self.is_released = False
+        self.synced = False
 
         # On the device, for each slot: its sequence (prompt and completion), the log-probabilities of its tokens, and
         # the numbers that the columns above name.
@@ -170,11 +176,13 @@ class Sampler:
         self.active = [None] * slots  # the Completion in each slot
         self.newest = None, None  # key in `groups` of the prompt that was prefilled last, and the slot that has it
         self.advance = _advance
-        if self.device.type == "cuda":
-            self._prepare_graphs()
+        self.graphs = {}  # (slots decoded, reach, temperature): CUDA graph
+        self.sizes = [slots]  # how many slots are decoded together: all, a quarter of them, a sixteenth ...; each is
+        while self.sizes[0] >= 64:  # compiled and captured, so there are few
+            self.sizes.insert(0, self.sizes[0] // 4)
 
     @classmethod
-    def from_pretrained(cls, folder, slots=64, max_length=None, device=None):
+    def from_pretrained(cls, folder, slots=64, max_length=None, device=None, group=None):
         """A sampler of the model in a folder, ready to sample: no policy, no `sync`.
 
         While it is made, the weights are in memory twice: once on the host, and once on the device.
@@ -182,7 +190,7 @@ class Sampler:
         Args:
             folder: what AutoModelForCausalLM opens, a folder or a Hub id. Its end tokens are those of its generation
                 config and of its tokenizer, if it has one.
-            slots: as for Sampler. max_length: likewise; by default all positions that the model knows.
+            slots, group: as for Sampler. max_length: likewise; by default all positions that the model knows.
             device: by default CUDA where there is one.
 
         Raises:
@@ -198,7 +206,7 @@ class Sampler:
             max_length = getattr(source.config, "max_position_embeddings", None)
             if max_length is None:
                 raise ValueError(f"{folder} does not say how many positions its model knows: give max_length")
-        sampler = cls(source.config, slots, max_length, _end_tokens(source, folder), device)
+        sampler = cls(source.config, slots, max_length, _end_tokens(source, folder), device, group=group)
         policy = torch.nn.Module()  # as `sync` takes it: with its model as .model
         policy.model = source
         sampler.sync(policy)
@@ -207,18 +215,62 @@ class Sampler:
     @torch.no_grad()
     def sync(self, policy):
         """Copies the weights of `policy.model`, sharded by FSDP2 or not, layer by layer. All ranks call it together."""
+        self._allocate()
         missing = dict(self.model.named_parameters())
         missing.update(self.model.named_buffers())
         for name, module in list(policy.named_modules()):
             if isinstance(module, FSDPModule):
                 module.unshard()  # its own parameters become whole, in the precision the policy computes in
-                _copy_whole(name, module, missing)
+                self._take(name, module, missing)
                 module.reshard()
             elif module is policy:
-                _copy_whole(name, module, missing)
+                self._take(name, module, missing)
         if missing:
             raise ValueError(f"the policy has no {sorted(missing)[:5]}")
         self.synced = True
+
+    def _take(self, prefix, module, missing):
+        """Copies into the tensors of `missing`, {name: tensor}, what a module of the policy holds whole of them."""
+        for tensors in (module.named_parameters, module.named_buffers):
+            for name, tensor in tensors(prefix):
+                name = name.removeprefix("model.")  # the policy's model
+                if name in missing and not isinstance(tensor, DTensor):
+                    target = missing.pop(name)
+                    target.copy_(own_part(tensor, target.shape, self.group))
+
+    def _allocate(self):
+        """Memory for weights and slots, if there is none: the first time, and after `release`."""
+        if self.storages is None:
+            self.model.to_empty(device=self.device)
+            self.model.eval().requires_grad_(False)
+            self.model.tie_weights()
+            self.cache.allocate(self.device)
+            if self.device.type == "cuda":
+                self._compile()
+            tensors = [*self.model.parameters(), *self.model.buffers(), *self.cache.buffers()]
+            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+            self.storages = [(storage, storage.nbytes()) for storage in storages.values()]
+        elif self.is_released:
+            for storage, size in self.storages:
+                storage.resize_(size)
+            self.cache.clear()
+            self.is_released = False
+
+    def release(self):
+        """Gives the memory of weights, slots and graphs back, until the next `sync`. What is in `groups` stays.
+
+        The tensors stay as well, without memory. So does all that torch.compile has made of them: graphs are captured
+        again, but nothing is compiled again.
+        """
+        if self.storages is None:
+            return
+        self.graphs.clear()
+        for storage, _ in self.storages:
+            storage.resize_(0)
+        self.is_released = True
+        self.synced = False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the graphs' own pool, and for what is no PyTorch: NCCL
 
     @torch.no_grad()
     def sample(self, prompts, params, step=0, indices=None, enough=None, stop=None):
@@ -232,7 +284,8 @@ class Sampler:
             enough: return when this many prompts have all their completions, and those too that params.max_staleness
                 waits for. What is unfinished then is kept, and continued by the next call, its first tokens prefilled
                 again under the weights of then.
-            stop: called between steps; if it returns true, so does this, early and as with `enough`.
+            stop: called between steps; if it returns true, on any rank of the group, `sample` returns early, as with
+                `enough`.
 
         Returns:
             list of Completion, those of a prompt side by side, prompts in the order in which they were asked for. With
@@ -269,7 +322,7 @@ class Sampler:
         is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
         bar = tqdm(total=len(waiting), desc="rollout", unit="seq", delay=10, leave=False, disable=not is_rank0)
         while len(complete) < enough or late:
-            if stop is not None and stop():
+            if stop is not None and self._any(stop()):
                 break
             self._refill(waiting, params)
             self._run(params.temperature)
@@ -317,6 +370,10 @@ class Sampler:
             completion = Completion(**fields)
             self.groups.setdefault((completion.step, completion.index), []).append(completion)
 
+    def _any(self, flag):
+        """Whether the flag is set on any rank that shares this copy: they have to stop together."""
+        return flag if self.group is None else any_of(flag, self.group)
+
     # ------------------------------------------------------------------------------------ from prompts to slots
 
     def _add(self, prompts, n, step, indices):
@@ -354,6 +411,9 @@ class Sampler:
 
     def _fill(self, free, waiting, params):
         """Moves sequences from `waiting` to slots in `free`, as far as either lasts, and prefills them."""
+        key, slot = self.newest
+        if key and not self.cache.keeps(len(self.groups[key][0].prompt_ids) + params.max_new_tokens):
+            self.newest = None, None  # in a ring, the prompt's keys may have been overwritten since
         entering = []  # (slot, Completion)
         to_prefill = []  # (slot, token ids)
         sources = []  # slots that hold the keys and values which those in `targets` need
@@ -411,11 +471,12 @@ class Sampler:
             ids = np.concatenate([ids for _, ids in row])
             slots = np.repeat([slot for slot, _ in row], lengths)
             positions = np.concatenate([np.arange(length) for length in lengths])
+            followers = np.repeat(lengths, lengths) - positions - 1
             starts = np.cumsum([0, *lengths])
-            ids, slots, positions, starts = (
-                torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, starts)
+            ids, slots, positions, followers, starts = (
+                torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, followers, starts)
             )
-            self.cache.begin(slots, positions)
+            self.cache.begin(slots, positions, followers=followers)
             with torch.compiler.set_stance("force_eager"):  # every row is of another length
                 self._hidden(ids[None], positions[None], cu_seq_lens_q=starts.int(), max_length_q=max(lengths))
 
@@ -481,19 +542,12 @@ class Sampler:
         hidden = self._hidden(ids[:, None], positions[:, None])[:, 0]  # (n, H)
         logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
         softcap = getattr(self.config, "final_logit_softcapping", None)
-        self.advance(logits, self.state, self.ids, self.logprobs, Rules(temperature, softcap, self.eos, self.never))
+        rules = Rules(temperature, softcap, self.eos, self.never, self.group)
+        self.advance(logits, self.state, self.ids, self.logprobs, rules)
 
     def _hidden(self, ids, positions, **kwargs):
         """Last hidden states; keys and values go to the slots."""
-        output = self.model.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            slots=self.cache,
-            **kwargs,
-        )
-        return output.last_hidden_state
+        return _hidden(self.model, self.cache, ids, positions, **kwargs)
 
     def _cut(self, find_end):
         """Ends each sequence in a slot where `find_end` finds an end, and drops what was sampled behind it."""
@@ -545,36 +599,13 @@ class Sampler:
             completions.append(completion)
         return completions
 
-    # ----------------------------------------------------------------------------------------- model and graphs
-
-    def _make_model(self):
-        """The model and its slots, on meta, where nothing has memory yet: to know how much they will need."""
-        config = copy.deepcopy(self.config)  # which from_config writes into
-        dtype = _precision(self.device)
-        with torch.device("meta"), torch.no_grad():
-            self.model = AutoModelForCausalLM.from_config(config, attn_implementation="slots", dtype=dtype)
-            if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
-                raise ValueError("the model's head has a bias, which is not supported")
-            self.cache = Slots(self.slots, self.max_length)
-            zeros = torch.zeros(1, dtype=torch.int64)
-            self.cache.begin(zeros, zeros, self.max_length)
-            self._hidden(zeros[None], zeros[None])  # makes the buffers: their shapes
-
-    def _prepare_graphs(self):
-        """On CUDA: which numbers of slots are decoded together; few, since each is compiled and captured."""
-        self.graphs = {}  # (slots decoded, reach, temperature): CUDA graph
-        self.pool = torch.cuda.graph_pool_handle()
-        self.sizes = [self.slots]  # all, a quarter of them, a sixteenth ...
-        while self.sizes[0] >= 64:
-            self.sizes.insert(0, self.sizes[0] // 4)
-        self._compile()
-
     def _compile(self):
         """Compiles what a decode step does: each decoder layer, and the draw; at the first step of each size."""
         join_products(self.model)
         for layer in self.model.base_model.layers:
             layer.compile(dynamic=False)
         self.advance = torch.compile(_advance, dynamic=False)
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -587,6 +618,7 @@ class Rules(NamedTuple):
     softcap: float | None  # c of (1)
     eos: torch.Tensor  # (E,) tokens that end a completion
     never: torch.Tensor  # (K,) tokens that are not drawn
+    group: dist.ProcessGroup | None = None  # of the ranks that draw together
 
 
 def _advance(logits, state, ids, logprobs, rules):
@@ -600,7 +632,7 @@ def _advance(logits, state, ids, logprobs, rules):
     state = state[:n]
     keys = state[:, KEY:]
     positions = state[:, POSITION] + 1
-    tokens, token_logprobs = _draw(logits, keys, positions, rules.temperature, rules.softcap, rules.never)
+    tokens, token_logprobs = _draw(logits, keys, positions, rules)
     # A finished sequence stays where it is, and its slot as it is.
     live = state[:, LIVE].bool()
     positions = (state[:, POSITION] + live).long()
@@ -612,20 +644,22 @@ def _advance(logits, state, ids, logprobs, rules):
     state[:, LIVE] = (live & ~(has_ended | is_cut_off)).int()
 
 
-def _draw(logits, keys, positions, temperature, softcap, never=()):
+def _draw(logits, keys, positions, rules):
     """Sampled tokens (n,) and their log-probabilities (n,), from float32 logits (n, V); greedy at temperature 0."""
     z = logits
-    if softcap is not None:
-        z = softcap * torch.tanh(logits / softcap)
-    z = z / (temperature or 1)  # (1)
+    if rules.softcap is not None:
+        z = rules.softcap * torch.tanh(logits / rules.softcap)
+    z = z / (rules.temperature or 1)  # (1)
     logsumexp = z.logsumexp(dim=1)
-    choices = z.index_fill(1, never, -torch.inf) if len(never) else z
-    if temperature == 0:
+    choices = z.index_fill(1, rules.never, -torch.inf) if len(rules.never) else z
+    if rules.temperature == 0:
         tokens = choices.argmax(dim=1)
     else:
         p = (choices - logsumexp[:, None]).exp()
         e = _waiting_times(keys, positions, z.shape[1])
         tokens = (p / e).argmax(dim=1)  # (4)
+    if rules.group is not None:
+        agree(tokens, rules.group)
     token_z = z.gather(1, tokens[:, None])[:, 0]
     return tokens, token_z - logsumexp  # (2)
 
@@ -665,6 +699,46 @@ def _keys(seed, completion):
     return struct.unpack("<2i", hashlib.blake2b(numbers, digest_size=8).digest())
 
 
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+def footprint(config, max_length, dtype, tp=1):
+    """(bytes of the weights, bytes of one slot) on each of `tp` ranks that share a copy. ValueError as Sampler."""
+    model, cache = _build(divide(config, tp), 1, max_length, dtype)
+    return _bytes(model, cache)
+
+
+def _build(config, slots, max_length, dtype, group=None):
+    """(model, Slots) of this rank, on meta, where nothing has memory."""
+    _check_config(config, max_length)
+    t = 1 if group is None else dist.get_world_size(group)
+    with torch.device("meta"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(divide(config, t), attn_implementation="slots", dtype=dtype)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise ValueError("the model's head has a bias, which is not supported")
+        cache = Slots(slots, max_length)
+        zeros = torch.zeros(1, dtype=torch.int64)
+        cache.begin(zeros, zeros, max_length)
+        _hidden(model, cache, zeros[None], zeros[None])  # makes the buffers: their shapes
+        if t > 1:
+            connect(model, AutoModelForCausalLM.from_config(divide(config, 1), dtype=dtype), group)
+    return model, cache
+
+
+def _hidden(model, cache, ids, positions, **kwargs):
+    """Last hidden states; keys and values go to the slots."""
+    output = model.base_model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, slots=cache, **kwargs
+    )
+    return output.last_hidden_state
+
+
+def _bytes(model, cache):
+    """(of weights, of keys and values)."""
+    weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+    return weights, sum(x.nbytes for x in cache.buffers())
+
+
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -689,15 +763,6 @@ def _pack(sequences):
             row.append(sequences.pop())
             tokens += len(row[-1][1])
         yield row
-
-
-def _copy_whole(prefix, module, missing):
-    """Copies into the tensors of `missing`, {name: tensor}, what a module of the policy holds whole of them."""
-    for tensors in (module.named_parameters, module.named_buffers):
-        for name, tensor in tensors(prefix):
-            name = name.removeprefix("model.")  # the policy's model
-            if name in missing and not isinstance(tensor, DTensor):
-                missing.pop(name).copy_(tensor)
 
 
 def _precision(device):
@@ -736,17 +801,15 @@ def _check_config(config, max_length):
             raise ValueError(f"rotary embeddings of type {kind} change with the longest sequence: not supported")
 
 
-def _check_memory(model, cache, device, slots, max_length):
-    """Before anything is allocated: is there room for the weights and the slots?"""
-    weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    buffers = sum(x.nbytes for x in cache.buffers())
+def _check_memory(weights, cache, device, slots, max_length):
+    """Before anything is allocated: is there room for so many bytes of weights, and of keys and values?"""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
         kibibytes = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
         free = 1024 * int(kibibytes)
-    if weights + buffers > free:
+    if weights + cache > free:
         raise ValueError(
-            f"rollouts need {weights / 2**30:.1f} GiB for weights and {buffers / 2**30:.1f} GiB for keys and values, "
+            f"rollouts need {weights / 2**30:.1f} GiB for weights and {cache / 2**30:.1f} GiB for keys and values, "
             f"{free / 2**30:.1f} GiB are free: lower --slots {slots} or --max_length {max_length}"
         )

@@ -2,7 +2,9 @@
 
 A slot holds the keys and values of one sequence of up to L tokens; the sequence stands at a position of its own. A
 decode step brings one new token for each of the first n slots, stores its key and value, and attends to all tokens up
-to it. For the query q of the token at position i, and the keys k_j and values v_j of its slot,
+to it. A layer with a sliding window W looks at W tokens only, so its slot is a ring of R = min(L, W) places: position j
+has place j mod R, and takes it from j - R. Other layers have R = L. For the query q of the token at position i, and the
+keys k_j and values v_j of its slot,
 
     score_j = scaling q · k_j                                                                                    (1)
     score_j ← c tanh(score_j / c)                            only in models with a soft-cap c (Gemma 2)          (2)
@@ -25,8 +27,9 @@ Models of transformers are used as they are. They get `Slots` for their cache an
 and values alone; the attention function registered under the name `slots` stores them in buffers that belong to the
 calling layer (so a compiled layer needs to know nothing of its number, and is compiled once for all layers).
 
-Shapes:  B slots, n the first of them that are in use, L positions of a slot, D head size, T tokens in one call,
-Hq and Hkv heads of queries and of keys and values, G = Hq / Hkv, K parts of a sequence.
+Shapes:  B slots, n the first of them that are in use, L tokens of a sequence at most, R places of a layer's slot,
+D head size, T tokens in one call, Hq and Hkv heads of queries and of keys and values, G = Hq / Hkv, K parts of a
+sequence.
 """
 
 import torch
@@ -56,51 +59,79 @@ class Slots:
     def __init__(self, count, length):
         self.count = count  # B
         self.length = length  # L
-        self.layers = []  # attention modules; each has its `slot_keys` and `slot_values`, (B, Hkv, L, D)
+        self.layers = []  # attention modules; each has its `slot_keys` and `slot_values`, (B, Hkv, R, D)
 
-    def begin(self, rows, positions, reach=None):
+    def begin(self, rows, positions, reach=None, followers=None):
         """Before each forward pass.
 
         Args:
-            rows: (T,) slot of each token. positions: (T,) where it stands there.
+            rows: (T,) slot of each token. positions: (T,) where in its sequence it stands.
             reach: no sequence goes beyond so many positions; None while packed sequences are prefilled.
+            followers: while they are, (T,) how many tokens of its sequence come after each.
         """
         self.rows = rows
         self.positions = positions
         self.reach = reach
-        self.masks = {}  # window: mask
+        self.followers = followers
+        self.masks = {}  # R: mask
+        self.stored = {}  # R: the tokens that are stored, while prefilling
 
     def update(self, key, value, layer, *args, **kwargs):
         """What transformers calls; keys and values are stored by `slot_attention`, which knows the calling module."""
         return key, value
 
-    def store(self, module, key, value):
+    def store(self, module, key, value, window=None):
         """Keeps what a layer computed, (1, Hkv, T, D) or (T, Hkv, 1, D). Returns its buffers."""
         if not hasattr(module, "slot_keys"):
-            shape = self.count, key.shape[1], self.length, key.shape[3]
+            shape = self.count, key.shape[1], min(self.length, window or self.length), key.shape[3]
             module.slot_keys = key.new_zeros(shape)
             module.slot_values = value.new_zeros(shape)
             self.layers.append(module)
-        module.slot_keys[self.rows, :, self.positions] = key.transpose(1, 2).flatten(0, 1)  # (T, Hkv, D)
-        module.slot_values[self.rows, :, self.positions] = value.transpose(1, 2).flatten(0, 1)
+        R = module.slot_keys.shape[2]
+        keys = key.transpose(1, 2).flatten(0, 1)  # (T, Hkv, D)
+        values = value.transpose(1, 2).flatten(0, 1)
+        rows, places = self.rows, self.positions
+        if R < self.length:
+            if self.reach is None:
+                tokens = self._last(R)
+                rows, places, keys, values = rows[tokens], places[tokens], keys[tokens], values[tokens]
+            places = places % R
+        module.slot_keys[rows, :, places] = keys
+        module.slot_values[rows, :, places] = values
         return module.slot_keys, module.slot_values
 
-    def mask(self, window):
-        """(n, 1, 1, reach) bool, equation (3). Made once a step for all layers of a kind."""
-        if window not in self.masks:
-            j = torch.arange(self.reach, device=self.positions.device)
+    def _last(self, R):
+        """The last R tokens of each sequence that is prefilled: the others' places are taken by them."""
+        if R not in self.stored:
+            self.stored[R] = (self.followers < R).nonzero()[:, 0]
+        return self.stored[R]
+
+    def mask(self, window, R):
+        """(n, 1, 1, at most R) bool, equation (3) for each place. Made once a step for all layers of a kind."""
+        if R not in self.masks:
+            place = torch.arange(min(self.reach, R), device=self.positions.device)
             i = self.positions[:, None]
-            seen = j <= i  # (n, reach)
+            j = i - (i - place) % R  # (n, places) the last position up to i that belongs there; below 0 there is none
+            seen = j >= 0
             if window is not None:
                 seen = seen & (i - j < window)
-            self.masks[window] = seen[:, None, None]
-        return self.masks[window]
+            self.masks[R] = seen[:, None, None]
+        return self.masks[R]
+
+    def keeps(self, length):
+        """Whether the first token of a sequence is still there when the sequence has so many."""
+        return all(module.slot_keys.shape[2] >= length for module in self.layers)
 
     def allocate(self, device):
         """Puts the buffers on a device, instead of wherever the first forward pass has made them."""
         for module in self.layers:
             module.slot_keys = torch.zeros_like(module.slot_keys, device=device)
             module.slot_values = torch.zeros_like(module.slot_values, device=device)
+
+    def clear(self):
+        """Zeros: what is masked must at least be a number."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def buffers(self):
         """Keys and values of all layers, in one list."""
@@ -111,7 +142,7 @@ class Slots:
         return found
 
     def copy(self, sources, targets, length):
-        """The first `length` positions of some slots to others, all at once."""
+        """What sequences of at most `length` tokens have in some slots to other slots, all at once."""
         for buffer in self.buffers():
             buffer[targets, :, :length] = buffer[sources, :, :length]
 
@@ -147,7 +178,7 @@ def slot_attention(
             raise ValueError(
                 "this model's attention uses sinks or a position bias, which the sampler does not implement"
             )
-    keys, values = slots.store(module, key, value)
+    keys, values = slots.store(module, key, value, sliding_window)
     if slots.reach is None:
         return packed_attention(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap=softcap, **kwargs
@@ -165,9 +196,9 @@ def _masked_attention(query, keys, values, slots, options):
     """(n, 1, Hq, D): equations (1) to (4) with a mask, over all slots up to the longest sequence."""
     n, heads, _, D = query.shape
     query = query.reshape(n, keys.shape[1], -1, D)  # the heads that share keys and values: as queries of one head
-    keys = keys[:n, :, : slots.reach]
-    values = values[:n, :, : slots.reach]
-    mask = slots.mask(options.window)
+    mask = slots.mask(options.window, keys.shape[2])
+    keys = keys[:n, :, : mask.shape[3]]
+    values = values[:n, :, : mask.shape[3]]
     if options.softcap is None:
         output = F.scaled_dot_product_attention(query, keys, values, mask, scale=options.scaling)
     else:
@@ -190,13 +221,13 @@ def triton_attention(query, keys, values, positions, options):
     """The kernel below, and equation (6) over its parts.
 
     Args:
-        query: (n, Hq, D). keys, values: (B, Hkv, L, D). positions: (n,) int64, last position that is looked at.
+        query: (n, Hq, D). keys, values: (B, Hkv, R, D). positions: (n,) int64, last position that is looked at.
         options: the Options of the layer; its scaling is a number, its dropout is not looked at.
 
     Returns:
         (n, Hq, D).
     """
-    window = options.window or keys.shape[2]
+    window = options.window or 0
     softcap = options.softcap or 0.0
     partial, logsumexp = _partial_attention(query, [keys, values], positions, options.scaling, window, softcap)
     weights = logsumexp.softmax(dim=2)[..., None]  # (n, Hq, K, 1)
@@ -226,7 +257,7 @@ def _partial_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation (5): outputs of the parts (n, Hq, K, D), and logsumexp of their scores (n, Hq, K).
 
-    Args: as for `triton_attention`. buffers: [keys, values]. softcap: 0 for none.
+    Args: as for `triton_attention`. buffers: [keys, values]. window, softcap: 0 for none.
     """
     keys, values = buffers
     query = query.contiguous()
@@ -249,6 +280,8 @@ def _partial_attention(
         G,
         D,
         K,
+        keys.shape[2],
+        HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
         BLOCK_G=max(16, triton.next_power_of_2(G)),  # tensor cores take 16 rows at least
         BLOCK_D=max(16, triton.next_power_of_2(D)),
@@ -268,10 +301,12 @@ def _(query, buffers, positions, scaling, window, softcap):
 if triton is not None:
 
     @triton.jit
-    def _span(position, window, part, K, BLOCK: tl.constexpr):
+    def _span(position, window, part, K, HAS_WINDOW: tl.constexpr, BLOCK: tl.constexpr):
         """[begin, end) of one part of the positions that a sequence looks at; a part is a number of whole blocks."""
         end = position + 1
-        begin = tl.maximum(end - window, 0)  # (3)
+        begin = 0
+        if HAS_WINDOW:
+            begin = tl.maximum(end - window, 0)  # (3)
         size = tl.cdiv(tl.cdiv(end - begin, K), BLOCK) * BLOCK
         begin += part * size
         end = tl.minimum(begin + size, end)
@@ -288,8 +323,8 @@ if triton is not None:
     @triton.jit
     def _attention_kernel(
         query, keys, values, positions, partial, logsumexp,
-        slot_stride, head_stride, scaling, window, softcap, G, D, K,
-        HAS_SOFTCAP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+        slot_stride, head_stride, scaling, window, softcap, G, D, K, R,
+        HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         # One program: one sequence, one head of keys and values with its G queries, one part of the positions.
@@ -297,7 +332,7 @@ if triton is not None:
         head = tl.program_id(1)
         part = tl.program_id(2)
         precision: tl.constexpr = "ieee" if EXACT else "tf32"  # of float32 products
-        begin, end = _span(tl.load(positions + slot).to(tl.int32), window, part, K, BLOCK)
+        begin, end = _span(tl.load(positions + slot).to(tl.int32), window, part, K, HAS_WINDOW, BLOCK)
 
         # The G queries, as the rows of one matrix: their keys and values are read once for all of them.
         g = tl.arange(0, BLOCK_G)
@@ -313,7 +348,8 @@ if triton is not None:
         out = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)  # Σ e^(score - m) value
         for start in range(begin, end, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            offsets = base + t[:, None] * D + d[None, :]
+            place = t % R if HAS_WINDOW else t
+            offsets = base + place[:, None] * D + d[None, :]
             inside = (t[:, None] < end) & (d[None, :] < D)
             k = tl.load(keys + offsets, inside, other=0.0)  # (BLOCK, D)
             scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP, precision)  # (G, BLOCK)

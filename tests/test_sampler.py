@@ -234,7 +234,8 @@ def test_a_certain_token_is_drawn_at_every_hash(rare):
     keys, position = torch.tensor([[16858922, 12345]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     assert kernels.sampler._waiting_times(keys, position, 2)[0, 0] == kernels.sampler.LONGEST_WAIT
     for logits in ([0.0, rare], [rare, 0.0]):
-        token, logprob = kernels.sampler._draw(torch.tensor([logits]), keys, position, 1.0, None)
+        rules = kernels.sampler.Rules(temperature=1.0, softcap=None, eos=None, never=())
+        token, logprob = kernels.sampler._draw(torch.tensor([logits]), keys, position, rules)
         assert logits[int(token)] == 0 and logprob == 0
 
 
@@ -449,6 +450,50 @@ def test_prompts_are_prefilled_once(llama, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------- kept between two calls
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gemma3"])
+def test_samples_of_a_prompt_that_come_late_find_it_whole(family):
+    """In a ring, the first sample may have overwritten the prompt before the last one gets a slot."""
+    model = make(tiny_config(family, V, True))
+    prompts, params = make_prompts([30, 9, 16]), SamplingParams(n=5, max_new_tokens=30, seed=3)
+    few, many = (make_sampler(model, slots).sample(prompts, params) for slots in (2, 15))
+    assert tokens(few) == tokens(many)
+    for completion in few:
+        expected = recompute(model, completion, 1.0)
+        torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_windows_have_rings(llama):
+    """Of a sliding window of 16, 16 places, whatever max_length; a layer that sees all has max_length."""
+    for family, lengths in [("llama", [96] * 3), ("olmo3", [16, 96, 16]), ("gemma3", [16, 96, 16])]:
+        sampler = Sampler(tiny_config(family, V, True), 3, 96, [2], "cpu")
+        assert [module.slot_keys.shape[2] for module in sampler.cache.layers] == lengths
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_release_gives_all_memory_back(tied):
+    """Weights and slots have none; what is kept goes on after the next `sync` as if nothing had been released."""
+    model = make(tiny_config("gemma3", V, tied))
+    prompts, params = make_prompts([5, 30, 12]), SamplingParams(n=2, max_new_tokens=30, seed=3)
+    results = []
+    for releases in (False, True):
+        sampler = make_sampler(model, slots=3)
+        tensors = [*sampler.model.parameters(), *sampler.model.buffers(), *sampler.cache.buffers()]
+        completions = sampler.sample(prompts, params, enough=1)
+        if releases:
+            sampler.release()
+            assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
+            sampler.release()  # twice is no error
+            with pytest.raises(ValueError, match="sync"):
+                sampler.sample([], params)
+        sampler.sync(Policy(model))
+        completions += sampler.sample([], params)
+        assert len(completions) == 6
+        results.append(bits(completions))
+        same = [*sampler.model.parameters(), *sampler.model.buffers(), *sampler.cache.buffers()]
+        assert all(a is b for a, b in zip(tensors, same, strict=True))  # what was compiled for them still holds
+    assert results[0] == results[1]
 
 
 def test_enough_keeps_the_rest_and_goes_on(llama):

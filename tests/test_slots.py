@@ -41,7 +41,8 @@ def definition(query, keys, values, positions, scaling, window, softcap):
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 2.0), (23, 2.0)])
 @pytest.mark.parametrize(("Hq", "Hkv", "D", "programs"), [(4, 2, 8, 1), (6, 1, 24, 12), (2, 2, 16, 64)])
 def test_kernel_equals_the_definition(dtype, window, softcap, Hq, Hkv, D, programs, monkeypatch):
-    """Grouped queries, odd head sizes, one and many splits, windows, soft-caps; what is not looked at is not a number."""
+    """Grouped queries, odd head sizes, one and many splits, windows, soft-caps; what is not looked at is not a number.
+    Where there is a window, also with a ring of just so many places."""
     monkeypatch.setattr(kernels.slots, "BLOCK", 16)
     monkeypatch.setattr(kernels.slots, "PROGRAMS", programs)
     generator = torch.Generator().manual_seed(D)
@@ -53,11 +54,21 @@ def test_kernel_equals_the_definition(dtype, window, softcap, Hq, Hkv, D, progra
         for b, position in enumerate([*positions.tolist(), -1]):
             buffer[b, :, position + 1 :] = torch.nan
             buffer[b, :, : max(0, position + 1 - (window or 99))] = torch.nan
-    inputs = (x.to(DEVICE) for x in (query, keys, values, positions))
-    output = triton_attention(*inputs, Options(scaling=0.3, window=window, softcap=softcap)).cpu()
-    assert output.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2  # weights of the softmax and the result are rounded
-    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    for buffers in [(keys, values), *([ring(x, positions, window) for x in (keys, values)] for _ in range(bool(window)))]:
+        inputs = (x.to(DEVICE) for x in (query, *buffers, positions))
+        output = triton_attention(*inputs, Options(scaling=0.3, window=window, softcap=softcap)).cpu()
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def ring(buffer, positions, R):
+    """The last R positions of each slot of a buffer, position j in place j mod R."""
+    places = torch.full((*buffer.shape[:2], R, buffer.shape[3]), torch.nan, dtype=buffer.dtype)
+    for b, position in enumerate(positions.tolist()):
+        for j in range(max(0, position + 1 - R), position + 1):
+            places[b, :, j % R] = buffer[b, :, j]
+    return places
 
 
 def definition_as_kernel(query, buffers, positions, scaling, window, softcap):
@@ -66,10 +77,11 @@ def definition_as_kernel(query, buffers, positions, scaling, window, softcap):
     keys, values = buffers
     partial, logsumexp = kernels.slots._empty_outputs(query, keys)
     partial.zero_(), logsumexp.fill_(-1e38)
-    t, q = torch.arange(keys.shape[2]), query.reshape(n, keys.shape[1], -1, D)
+    place, q = torch.arange(keys.shape[2]), query.reshape(n, keys.shape[1], -1, D)
+    behind = (positions[:, None] - place) % keys.shape[2]  # how far position i is from the last that has this place
     scores = q @ keys[:n].transpose(2, 3) * scaling
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    seen = (t <= positions[:, None]) & (positions[:, None] - t < window)
+    seen = (behind <= positions[:, None]) & (behind < (window or keys.shape[2]))
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     partial[:, :, 0] = (scores.softmax(-1) @ values[:n]).reshape(n, Hq, D)
     logsumexp[:, :, 0] = scores.logsumexp(-1).reshape(n, Hq)
@@ -131,8 +143,8 @@ from kernels.slots import BLOCK, _attention_kernel as kernel
 pointers = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "positions": "*i64", "partial": "*fp32", "logsumexp": "*fp32"}
 floats = {"scaling": "fp32", "softcap": "fp32"}
 for D in (64, 128, 256):
-    for softcap in (False, True):
-        constants = {"HAS_SOFTCAP": softcap, "BLOCK_G": 16, "BLOCK_D": D, "BLOCK": BLOCK, "EXACT": False}
+    for has in (False, True):
+        constants = {"HAS_SOFTCAP": has, "HAS_WINDOW": has, "BLOCK_G": 16, "BLOCK_D": D, "BLOCK": BLOCK, "EXACT": False}
         signature = {n: "constexpr" if n in constants else pointers.get(n, floats.get(n, "i32")) for n in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
         binary = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "num_stages": 3})

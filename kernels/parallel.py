@@ -1,0 +1,113 @@
+"""Tensor-parallel sampling: one copy of a model over a group of t ranks, by dividing its configuration.
+
+Each rank builds an unmodified transformers model that has a t-th of the heads and of the MLP's inner width, and takes
+its part of the policy's weights. The parts of the ranks r add up to a layer's attention and MLP,
+
+    attention(x) = Σ_r O_r attend(Q_r x, K_r x, V_r x)          r has a part of the heads                        (1)
+    mlp(x) = Σ_r D_r (act(G_r x) · U_r x)                       r has a part of the inner width                  (2)
+
+so a layer needs two sums over the group, behind o_proj and down_proj (Megatron-LM, arXiv 1909.08053, section 3). A norm
+over all heads together, as OLMo 2 and 3 have it of q and k, gets the whole vector and gives back the rank's part.
+Embeddings and head are whole on every rank, and so are hidden states and logits.
+"""
+
+import copy
+
+import torch
+import torch.distributed as dist
+
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # of the configuration
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # linear layers that compute a part of the outputs
+ROWS = ("o_proj", "down_proj")  # linear layers that read a part of the inputs, and compute a term of a sum
+
+
+def divide(config, t):
+    """The configuration of one rank's part. ValueError if a number that has to be divided by t cannot be."""
+    config = copy.deepcopy(config)
+    if t == 1:
+        return config
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    for name in DIVIDED:
+        number = getattr(config, name, None)
+        if number is None or number % t:
+            raise ValueError(f"--sample_tp {t} does not divide the model's {name}, {number}")
+        setattr(config, name, number // t)
+    return config
+
+
+def connect(model, whole, group):
+    """Makes the parts of a group compute together what the whole model computes; in place.
+
+    Args:
+        model: of a divided configuration. whole: of the undivided one; both may be on meta.
+        group: the process group. Its ranks have to run the model in lockstep, with the same inputs.
+
+    Raises:
+        ValueError: the model has weights of other names that would be divided, or its attention would not be.
+    """
+    parts = dict(model.named_parameters())
+    summed = 0
+    for name, parameter in whole.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        kind = path.rpartition(".")[2]
+        if parts[name].shape == parameter.shape or kind in COLUMNS:
+            continue
+        module = model.get_submodule(path)
+        if kind in ROWS and leaf == "weight":
+            _sum_outputs(module, group)
+            summed += kind == "o_proj"
+        elif type(module).__name__.endswith("Norm") and parameter.ndim == 1:
+            model.set_submodule(path, _with_whole_input(whole.get_submodule(path), group))
+        else:
+            raise ValueError(f"--sample_tp cannot divide this model's {name}")
+    if summed != whole.config.num_hidden_layers:
+        raise ValueError("--sample_tp cannot divide this model's attention")
+
+
+def _sum_outputs(linear, group):
+    """A linear layer of ROWS: its outputs are added up over the group, with one rank's bias."""
+    if dist.get_rank(group) > 0:
+        linear.bias = None
+
+    def add_up(module, inputs, output):
+        dist.all_reduce(output, group=group)
+        return output
+
+    linear.register_forward_hook(add_up)
+
+
+def _with_whole_input(norm, group):
+    """A norm of the whole model, with a rank's part of its input and of its output, (..., width / t)."""
+    t = dist.get_world_size(group)
+    rank = dist.get_rank(group)
+
+    def gather(module, inputs):
+        x = inputs[0].movedim(-1, 0).contiguous()  # (width / t, ...)
+        whole = x.new_empty(t * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x, group=group)
+        return (whole.movedim(0, -1),)
+
+    norm.register_forward_pre_hook(gather)
+    norm.register_forward_hook(lambda module, inputs, output: output.chunk(t, dim=-1)[rank])
+    return norm
+
+
+def own_part(tensor, shape, group):
+    """A rank's part of a whole tensor: that of this shape, which is shorter in at most one dimension."""
+    for dim, (length, part) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if length != part:
+            return tensor.chunk(length // part, dim)[dist.get_rank(group)]
+    return tensor
+
+
+def agree(tokens, group):
+    """In place: where the group's ranks have drawn different tokens, by a rounding, all get the same one of them."""
+    dist.all_reduce(tokens, dist.ReduceOp.MAX, group=group)
+
+
+def any_of(flag, group):
+    """Whether the flag is set on any rank of the group."""
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return bool(flags)
