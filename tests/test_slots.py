@@ -3,15 +3,18 @@
 The kernel is compiled where there is CUDA, elsewhere run by Triton's interpreter on CPU tensors, slowly: few programs here.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from test_kernels import tiny_config
 from test_sampler import Policy, make, make_prompts, tokens
+from together import together
 
 import kernels.slots
 from kernels.attention import Options
@@ -88,11 +91,12 @@ def definition_as_kernel(query, buffers, positions, scaling, window, softcap):
     return partial, logsumexp
 
 
-def sample(config, monkeypatch, sizes=None, compiled=False):
-    """Completions with the kernel in place; `sizes`: decode so many slots at a time, as on CUDA."""
+def sample(config, monkeypatch, sizes=None, compiled=False, group=None):
+    """Completions with the kernel in place; `sizes`: decode so many slots at a time, as on CUDA. Compiled, twice: after
+    the memory was released once."""
     model = make(config)
     # Many tokens end a completion, so that slots fall free and both sizes are decoded.
-    plain, sampler = (Sampler(model.config, 8, 64, range(2, 10), DEVICE) for _ in range(2))
+    plain, sampler = (Sampler(model.config, 8, 64, range(2, 10), DEVICE, group=group) for _ in range(2))
     params = SamplingParams(n=2, max_new_tokens=6 if sizes is None else 24, seed=1)
     prompts = make_prompts([5, 30, 1])
     for each in (plain, sampler):
@@ -105,7 +109,12 @@ def sample(config, monkeypatch, sizes=None, compiled=False):
     if sizes:
         size = lambda: next(n for n in sizes if n > sampler._used()[-1])  # noqa: E731
         monkeypatch.setattr(sampler, "_run", lambda temperature: sampler._decode(size(), 64, temperature))
-    return expected, sampler.sample(prompts, params)
+    completions = sampler.sample(prompts, params)
+    if compiled:
+        sampler.release()
+        sampler.sync(Policy(model))
+        assert tokens(sampler.sample(prompts, params)) == tokens(completions)
+    return expected, completions
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -122,17 +131,46 @@ def test_sampler_with_the_kernel(family, monkeypatch):
 @pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("olmo3", 2), ("gemma3", 2)])
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the sampler is always compiled")
 def test_layers_are_compiled_once_for_all(family, kinds, monkeypatch):
-    """One graph for each kind of layer and number of slots, and one for the draw; none breaks; the same tokens."""
+    """One graph for each kind of layer and number of slots, and one for the draw; none breaks; the same tokens. The memory
+    is released once in between, and nothing is compiled again."""
+    with kernel_on_cpu():
+        assert compiled_graphs(family, monkeypatch) == 2 * (kinds + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("olmo3", 2)])
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs as many cards as ranks")
+def test_layers_of_a_shared_copy_are_compiled_once_for_all(family, kinds):
+    """Sums over the ranks, and what OLMo's norms gather, are parts of the graphs."""
+    assert together(2, graphs_of_a_shared_copy, family, seconds=500) == [2 * (kinds + 1)] * 2
+
+
+def graphs_of_a_shared_copy(family):
+    torch._inductor.config.compile_threads = 1  # workers would be forks of forks
+    with kernel_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        return compiled_graphs(family, patch, dist.group.WORLD)
+
+
+@contextlib.contextmanager
+def kernel_on_cpu():
+    """Inside, the custom operator is its definition."""
     kernels.slots._partial_attention.register_kernel("cpu")(definition_as_kernel)
     try:
-        torch._dynamo.reset()
-        counters = torch._dynamo.utils.counters
-        counters.clear()
-        expected, completions = sample(tiny_config(family, 128, True), monkeypatch, sizes=(4, 8), compiled=True)
-        assert tokens(completions) == tokens(expected)
-        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2 * (kinds + 1)
+        yield
     finally:
         kernels.slots._partial_attention.register_kernel("cpu")(kernels.slots._partial_attention._init_fn)
+
+
+def compiled_graphs(family, monkeypatch, group=None):
+    """How many graphs sampling compiles, without a break, for the tokens that it samples without them."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    config = tiny_config(family, 128, True)
+    expected, completions = sample(config, monkeypatch, sizes=(4, 8), compiled=True, group=group)
+    assert tokens(completions) == tokens(expected)
+    assert not counters["graph_break"], counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
 
 
 COMPILE = """
