@@ -52,6 +52,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.hub import get_checkpoint_shard_files
 
 datasets.disable_progress_bars()  # leave the terminal to the training bar
 transformers_logging.disable_progress_bar()
@@ -118,6 +119,12 @@ def redact(value):
 
 
 LARGEST = 1e38  # that a flag may be, about float32's
+RANGES = {  # of the flags that all scripts have
+    "lr": (0, LARGEST), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
+    "weight_decay": (0, LARGEST), "max_grad_norm": (0, LARGEST), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
+    **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
+    **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
+}  # fmt: skip
 
 
 def check_ranges(args, ranges, above_zero=()):
@@ -141,6 +148,13 @@ def check_ranges(args, ranges, above_zero=()):
                 bound = f"at most {highest}"
             if bound:
                 raise RunError(f"--{flag} {value} is out of range: {bound}")
+
+
+def make_deterministic():
+    """PyTorch's deterministic algorithms in this process; an operation that has none raises RuntimeError."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it is for debugging, and takes time
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -286,19 +300,28 @@ def pack(sequences, device, *extras):
     lengths = [len(array) for array in ids]
 
     def tensor(arrays, dtype):
-        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+        return to_device(torch.from_numpy(np.concatenate(arrays).astype(dtype)), device)
 
     shifted = {}
     for name, arrays in zip(extras, numbers, strict=True):
         shifted[name] = tensor(_shift(arrays, masks, fill=0), np.float32)
+    targets = _shift(ids, masks, fill=IGNORE)
     return Microbatch(
         input_ids=tensor(ids, np.int64),
         position_ids=tensor([np.arange(length) for length in lengths], np.int64),
         cu_seqlens=tensor([[0], np.cumsum(lengths)], np.int32),
         max_length=max(lengths),
-        targets=tensor(_shift(ids, masks, fill=IGNORE), np.int64),
+        targets=tensor(targets, np.int64),
+        trained=tensor(np.nonzero(np.concatenate(targets) != IGNORE), np.int64),
         extras=shifted,
     )
+
+
+def to_device(tensor, device):
+    """A tensor of the host on another device. The host does not wait until a GPU has done what it was given before."""
+    if torch.device(device).type != "cpu":
+        tensor = tensor.pin_memory()  # only from such memory does the GPU copy by itself
+    return tensor.to(device, non_blocking=True)
 
 
 def _shift(arrays, masks, fill):
@@ -320,6 +343,7 @@ class Microbatch:
         cu_seqlens: (S+1,) int32, where each sequence begins, and T.
         max_length: longest sequence, in tokens.
         targets: (T,) int64, the next token where it is trained on, otherwise -100.
+        trained: (N,) int64, the positions t where that is. To find them on a GPU, the host would have to wait for it.
         extras: {name: (T,) float32}, other numbers of the tokens, where their targets are.
     """
 
@@ -328,6 +352,7 @@ class Microbatch:
     cu_seqlens: torch.Tensor
     max_length: int
     targets: torch.Tensor
+    trained: torch.Tensor
     extras: dict
 
     def model_inputs(self):
@@ -1970,6 +1995,21 @@ def load_config(args):
         if getattr(config, name, None) not in (None, 1):
             raise RunError(f"model {args.model} transforms its logits ({name}), which is not supported")
     return config
+
+
+def weight_files(model):
+    """Paths (list of str) of the files with a model's weights: those that from_pretrained takes. Raises RunError."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    try:
+        found = (cached_file(model, name, _raise_exceptions_for_missing_entries=False) for name in names)
+        path = next(filter(None, found), None)  # the first that is there; the others are not asked for
+        if path and path.endswith(".index.json"):  # which lists the others
+            return [path, *get_checkpoint_shard_files(model, path)[0]]
+    except Exception as error:  # of the Hub's client; or a list that is damaged
+        raise RunError(f"model {model}: {first_line(error)}") from None
+    if path is None:
+        raise RunError(f"model {model}: it has no {names[0]}, whole or in parts")
+    return [path]
 
 
 def read_weights(path, config, model_class):

@@ -120,6 +120,7 @@ class Args:
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
+    deterministic: bool = False  # PyTorch's deterministic algorithms, for the same bits again on a GPU too; slower
     shard: Literal["full", "hybrid"] = "full"  # parameters over all ranks, or within a node and replicated over nodes
     track: bool = False  # log to Weights & Biases (offline unless logged in)
 
@@ -135,12 +136,12 @@ class Policy(torch.nn.Module):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
         head = self.model.get_output_embeddings().weight  # (V, H)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 has one
-        token_logprobs, _ = linear_logprobs(hidden, head, microbatch.targets, softcap=softcap)  # (T,) 0 in the prompt
+        token_logprobs, _ = linear_logprobs(hidden, head, microbatch.targets, 1.0, softcap, microbatch.trained)  # (T,)
         in_answer = microbatch.targets != common.IGNORE  # (T,)
         sizes = microbatch.cu_seqlens.diff().long()  # (2B,) tokens of each sequence, prompt and answer
-        # In float64, because what counts is the difference of such sums.
-        answer_logprobs = torch.segment_reduce(token_logprobs.double(), "sum", lengths=sizes)  # (2B,) Σ_t log π (1)
-        answer_lengths = torch.segment_reduce(in_answer.double(), "sum", lengths=sizes)  # (2B,) |y|
+        # In float64, because what counts is the difference of such sums; unsafe: a check would wait for the GPU.
+        answer_logprobs = torch.segment_reduce(token_logprobs.double(), "sum", lengths=sizes, unsafe=True)  # (2B,)  (1)
+        answer_lengths = torch.segment_reduce(in_answer.double(), "sum", lengths=sizes, unsafe=True)  # (2B,) |y|
         return answer_logprobs, answer_lengths
 
 
@@ -189,7 +190,8 @@ def evaluate(args, policy, rows, ref_logprobs, device):
     sums = Sums()
     for pairs in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
         answer_logprobs, answer_lengths = policy(common.pack(rows.sequences(pairs), device))
-        _, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref_logprobs[pairs].to(device))
+        ref = common.to_device(ref_logprobs[pairs], device)  # (B, 2)
+        _, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref)
         sums.add(**metrics)
     policy.train()
     return {f"eval_{name}": mean for name, mean in sums.over_ranks(len(rows)).items()}
@@ -237,11 +239,11 @@ def main(args):
         # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
         # adds up the gradients of their losses.
         sums = Sums()
-        for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
+        for places in reduce_once(common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank], policy):
             pairs = indices[places]  # (B,)
             microbatch = common.pack(rows.sequences(pairs), device)
             answer_logprobs, answer_lengths = policy(microbatch)  # (2B,), (2B,)
-            ref = ref_logprobs[pairs].to(device)  # (B, 2)
+            ref = common.to_device(ref_logprobs[pairs], device)  # (B, 2)
             losses, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref)  # (B,)
             loss = losses.sum() / len(indices)  # () this microbatch's part of the mean                      (3, 4)
             (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
@@ -361,15 +363,13 @@ def hash_reference(args, policy_config, device):
         raise common.RunError(f"--ref_model has a vocabulary of {sizes}")
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     code = [__file__, common.__file__, *sorted(Path(__file__).parent.glob("kernels/*.py"))]
-    parts = [settings, device.type, *(Path(path).read_text() for path in code)]
-    digest = hashlib.sha256(json.dumps(parts, default=str).encode())
-
-    def add_weights():
-        for name, tensor in sorted(common.read_weights(args.model, config, AutoModelForCausalLM).items()):
-            digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    return on_rank0(add_weights)
+    files = on_rank0(lambda: common.weight_files(args.model))
+    readers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the ranks of rank 0's node, which has the files
+    mine = files[dist.get_rank() :: readers] if dist.get_rank() < readers else []
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, [(Path(file).name, common.hash_file(Path(file))) for file in mine])
+    parts = [settings, device.type, *(Path(path).read_text() for path in code), sorted(sum(shares, []))]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +392,14 @@ def learning_rate(args, step, num_steps):
     progress = (step - warmup) / max(1, num_steps - warmup)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
     return args.lr * shapes[args.lr_schedule]
+
+
+def reduce_once(microbatches, *modules):
+    """The microbatches of an update. Only in the last one's backward --shard hybrid adds up gradients between nodes."""
+    for number, microbatch in enumerate(microbatches, 1):
+        for module in modules:
+            module.set_requires_all_reduce(number == len(microbatches))
+        yield microbatch
 
 
 def clip_gradient(args, module):
@@ -423,17 +431,6 @@ def all_sum(*values):
     return sums.tolist()
 
 
-def check_ranges(args):
-    """Raises RunError for a number out of range, in the flags of all scripts, and for NaN and infinity in any."""
-    ranges = {
-        "lr": (0, 1e38), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
-        "weight_decay": (0, 1e38), "max_grad_norm": (0, 1e38), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
-        **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
-        **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
-    }  # fmt: skip
-    common.check_ranges(args, ranges)
-
-
 def leave_at_once(number, frame):
     """Signal handler for when there is nothing to save: what is on disk is whole at any moment."""
     if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
@@ -443,7 +440,7 @@ def leave_at_once(number, frame):
 
 def setup_distributed(args):
     """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
-    check_ranges(args)
+    common.check_ranges(args, common.RANGES)
     faulthandler.register(signal.SIGUSR2)  # kill -USR2 prints where a process hangs
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave_at_once)
@@ -454,6 +451,8 @@ def setup_distributed(args):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with torchrun, whose store still answers:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
+    if args.deterministic:
+        common.make_deterministic()  # before CUDA starts
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
@@ -516,7 +515,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 # Flags that may differ when a run is continued: they do not change what is computed.
 RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "pass_threshold", "log_samples",
                  "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn",
-                 "verifier_workers", "compile", "shard", "save_every"}  # fmt: skip
+                 "verifier_workers", "compile", "deterministic", "shard", "save_every", "sample_tp"}  # fmt: skip
 
 
 class Run:

@@ -119,10 +119,11 @@ class Args:
 
     # sampling and judging
     solved: float | None = None  # a prompt is not drawn again once its group earns this share of the highest reward
-    slots: int = 32  # sequences that one rank samples at a time; does not change the samples
+    slots: int | None = None  # sequences sampled at a time by a rank; same samples. None: what fits, on a CPU 64
+    sample_tp: int = 1  # ranks that share one copy of the weights for sampling, which may be too large for one GPU
     inflight: int = 0  # prompts begun beyond a batch; what is unfinished when a batch is full goes on in the next step
     max_staleness: int = 4  # with --inflight: a step does wait for what was begun so many steps ago
-    max_logprob_gap: float | None = None  # most |sampler's - trainer's log π| in a first step; None: 1e-3, 1.0 in bf16
+    max_logprob_gap: float | None = None  # most mean |sampler's - trainer's log π| at first; None: 1e-4, 0.05 in bf16
     rewards: list[str] = field(default_factory=list)  # files or modules of yours that define verifiers: my_rewards.py
     verifier: list[str] = field(default_factory=list)
     """NAME[:WEIGHT] of the verifiers of all rows; by default a row's column `dataset` names them, or if it has none, it
@@ -155,6 +156,7 @@ class Args:
     activation_checkpointing: bool = True  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
+    deterministic: bool = False  # PyTorch's deterministic algorithms, for the same bits again on a GPU too; slower
     shard: Literal["full", "hybrid"] = "full"  # parameters over all ranks, or within a node and replicated over nodes
     track: bool = False  # log to Weights & Biases (offline unless logged in)
 
@@ -170,7 +172,7 @@ class Policy(torch.nn.Module):
         hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
         head = self.model.get_output_embeddings().weight  # (V, H)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 has one
-        logprobs, entropy = linear_logprobs(hidden, head, microbatch.targets, temperature, softcap)
+        logprobs, entropy = linear_logprobs(hidden, head, microbatch.targets, temperature, softcap, microbatch.trained)
         return logprobs.clone(), entropy.detach().clone()  # (T,), (T,) 0 without a target; FSDP2 warns of views
 
 
@@ -329,7 +331,7 @@ def main(args):
     reward_model = weights_on_host(value_model) if args.reward_model_coef else None
     if args.zero_value_head:  # the reward model, copied above, keeps its head
         torch.nn.init.zeros_(value_model.model.score.weight)
-    rollouts.make_sampler(config, device)  # after the models, because it looks how much memory is left
+    rollouts.make_sampler(config, device, policy, value_model)  # after the models: it looks how much memory is left
     optimizer = make_optimizer(args, policy)
     value_optimizer = make_optimizer(value_args, value_model)
     models = ActorCritic({"policy": policy, "value_model": value_model})
@@ -387,7 +389,7 @@ def main(args):
         updates = []  # metrics of each
         for minibatch in minibatches * args.passes:  # the same ones in every pass
             sums = Sums()
-            for places in deal(args, minibatch):  # places in the minibatch: the samples of one microbatch
+            for places in reduce_once(deal(args, minibatch), policy, value_model):  # places in the minibatch
                 # Their tokens end to end, T in all. Of each name, microbatch.extras has a number for each token.
                 microbatch = common.pack([minibatch[i].columns(*names) for i in places], device, *names)
                 logprobs, entropy = policy(microbatch, args.temperature)  # (T,), (T,)
@@ -440,7 +442,7 @@ def check_flags(args):
     """Raises RunError for flags of reinforcement learning that are out of range, or cannot work together."""
     most = common.LARGEST
     ranges = {
-        **dict.fromkeys(("group_size", "passes", "slots", "max_staleness"), (1, most)),
+        **dict.fromkeys(("group_size", "passes", "slots", "sample_tp", "max_staleness"), (1, most)),
         **dict.fromkeys(("verifier_workers", "eval_samples"), (1, most)),
         **dict.fromkeys(("value_clip", "value_coef", "value_lr", "value_warmup_steps"), (0, most)),
         **dict.fromkeys(("reward_model_coef", "tis_cap", "kl_beta"), (0, most)),
@@ -490,11 +492,10 @@ def annotate(args, samples, name, forward, device):
 
 
 def weights_on_host(module):
-    """This rank's shards of all parameters, in host memory."""
-    shards = [parameter.detach().to_local().to("cpu", copy=True) for parameter in module.parameters()]
-    if torch.cuda.is_available():
-        shards = [shard.pin_memory() for shard in shards]
-    return shards
+    """This rank's shards of all parameters, in host memory, which is pinned where there is a GPU."""
+    shards = [parameter.detach().to_local() for parameter in module.parameters()]
+    is_pinned = torch.cuda.is_available()  # each at once: a copy that is not would take as much memory again
+    return [torch.empty_like(shard, device="cpu", pin_memory=is_pinned).copy_(shard) for shard in shards]
 
 
 @contextlib.contextmanager
@@ -618,6 +619,14 @@ def learning_rate(args, step, num_steps):
     return args.lr * shapes[args.lr_schedule]
 
 
+def reduce_once(microbatches, *modules):
+    """The microbatches of an update. Only in the last one's backward --shard hybrid adds up gradients between nodes."""
+    for number, microbatch in enumerate(microbatches, 1):
+        for module in modules:
+            module.set_requires_all_reduce(number == len(microbatches))
+        yield microbatch
+
+
 def clip_gradient(args, module):
     """Clips the gradient, over all ranks, to --max_grad_norm. Returns its norm before."""
     return torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
@@ -647,17 +656,6 @@ def all_sum(*values):
     return sums.tolist()
 
 
-def check_ranges(args):
-    """Raises RunError for a number out of range, in the flags of all scripts, and for NaN and infinity in any."""
-    ranges = {
-        "lr": (0, 1e38), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
-        "weight_decay": (0, 1e38), "max_grad_norm": (0, 1e38), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
-        **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
-        **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
-    }  # fmt: skip
-    common.check_ranges(args, ranges)
-
-
 def leave_at_once(number, frame):
     """Signal handler for when there is nothing to save: what is on disk is whole at any moment."""
     if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
@@ -667,7 +665,7 @@ def leave_at_once(number, frame):
 
 def setup_distributed(args):
     """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
-    check_ranges(args)
+    common.check_ranges(args, common.RANGES)
     faulthandler.register(signal.SIGUSR2)  # kill -USR2 prints where a process hangs
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave_at_once)
@@ -678,6 +676,8 @@ def setup_distributed(args):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with torchrun, whose store still answers:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
+    if args.deterministic:
+        common.make_deterministic()  # before CUDA starts
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
@@ -740,7 +740,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 # Flags that may differ when a run is continued: they do not change what is computed.
 RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "pass_threshold", "log_samples",
                  "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn",
-                 "verifier_workers", "compile", "shard", "save_every"}  # fmt: skip
+                 "verifier_workers", "compile", "deterministic", "shard", "save_every", "sample_tp"}  # fmt: skip
 
 
 class Run:

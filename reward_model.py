@@ -101,6 +101,7 @@ class Args:
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
+    deterministic: bool = False  # PyTorch's deterministic algorithms, for the same bits again on a GPU too; slower
     shard: Literal["full", "hybrid"] = "full"  # parameters over all ranks, or within a node and replicated over nodes
     track: bool = False  # log to Weights & Biases (offline unless logged in)
 
@@ -164,10 +165,11 @@ def ranking_loss(args, scores, margins):
 def evaluate(args, model, rows, device):
     """Loss and accuracy over all of `rows`; where they have subsets, also of each subset, with 95 % intervals."""
     model.eval()
-    margins = torch.tensor(rows.table["margin"][:], device=device)  # (N,)
+    margins = torch.tensor(rows.table["margin"][:])  # (N,)
     results = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)  # loss, whether right
     for pairs in common.deal(rows.lengths, args.tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]:
-        losses, metrics = ranking_loss(args, model(common.pack(rows.sequences(pairs), device)), margins[pairs])
+        scores = model(common.pack(rows.sequences(pairs), device))  # (2B,)
+        losses, metrics = ranking_loss(args, scores, common.to_device(margins[pairs], device))  # (B,)
         results[pairs] = torch.stack([losses, metrics["accuracy"]], dim=1).double()
     model.train()
     dist.all_reduce(results)  # each rank has filled in its own rows
@@ -191,7 +193,7 @@ def main(args):
         config.pad_token_id = None
     encode = common.PairEncoder(chat, config.vocab_size, args.max_length, args.overlong)
     rows, eval_rows = common.load_data(args, encode, at_least=args.batch_size)
-    margins = torch.tensor(rows.table["margin"][:], device=device)  # (N,)
+    margins = torch.tensor(rows.table["margin"][:])  # (N,)
     total_rows = math.ceil(args.epochs * len(rows))  # pairs seen in the whole run
     num_steps = math.ceil(total_rows / args.batch_size)
     if args.steps is not None:
@@ -212,11 +214,11 @@ def main(args):
         # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
         # adds up the gradients of their losses.
         sums = Sums()
-        for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
+        for places in reduce_once(common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank], model):
             pairs = indices[places]  # (B,)
             microbatch = common.pack(rows.sequences(pairs), device)
             scores = model(microbatch)  # (2B,)
-            losses, metrics = ranking_loss(args, scores, margins[pairs])  # (B,)
+            losses, metrics = ranking_loss(args, scores, common.to_device(margins[pairs], device))  # (B,)
             loss = losses.sum() / len(indices)  # () this microbatch's part of the mean                          (1)
             (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
             sums.add(**metrics)
@@ -301,6 +303,14 @@ def learning_rate(args, step, num_steps):
     return args.lr * shapes[args.lr_schedule]
 
 
+def reduce_once(microbatches, *modules):
+    """The microbatches of an update. Only in the last one's backward --shard hybrid adds up gradients between nodes."""
+    for number, microbatch in enumerate(microbatches, 1):
+        for module in modules:
+            module.set_requires_all_reduce(number == len(microbatches))
+        yield microbatch
+
+
 def clip_gradient(args, module):
     """Clips the gradient, over all ranks, to --max_grad_norm. Returns its norm before."""
     return torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
@@ -330,17 +340,6 @@ def all_sum(*values):
     return sums.tolist()
 
 
-def check_ranges(args):
-    """Raises RunError for a number out of range, in the flags of all scripts, and for NaN and infinity in any."""
-    ranges = {
-        "lr": (0, 1e38), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
-        "weight_decay": (0, 1e38), "max_grad_norm": (0, 1e38), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
-        **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
-        **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
-    }  # fmt: skip
-    common.check_ranges(args, ranges)
-
-
 def leave_at_once(number, frame):
     """Signal handler for when there is nothing to save: what is on disk is whole at any moment."""
     if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
@@ -350,7 +349,7 @@ def leave_at_once(number, frame):
 
 def setup_distributed(args):
     """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
-    check_ranges(args)
+    common.check_ranges(args, common.RANGES)
     faulthandler.register(signal.SIGUSR2)  # kill -USR2 prints where a process hangs
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave_at_once)
@@ -361,6 +360,8 @@ def setup_distributed(args):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with torchrun, whose store still answers:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
+    if args.deterministic:
+        common.make_deterministic()  # before CUDA starts
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
@@ -423,7 +424,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 # Flags that may differ when a run is continued: they do not change what is computed.
 RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "pass_threshold", "log_samples",
                  "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn",
-                 "verifier_workers", "compile", "shard", "save_every"}  # fmt: skip
+                 "verifier_workers", "compile", "deterministic", "shard", "save_every", "sample_tp"}  # fmt: skip
 
 
 class Run:

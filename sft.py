@@ -98,6 +98,7 @@ class Args:
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
     attn: Literal["packed", "packed_fa", "packed_loop"] = "packed"  # PyTorch's, flash-attn's, one sequence at a time
+    deterministic: bool = False  # PyTorch's deterministic algorithms, for the same bits again on a GPU too; slower
     shard: Literal["full", "hybrid"] = "full"  # parameters over all ranks, or within a node and replicated over nodes
     track: bool = False  # log to Weights & Biases (offline unless logged in)
 
@@ -114,7 +115,7 @@ class Policy(torch.nn.Module):
         head = self.model.get_output_embeddings().weight  # (V, H)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 has one
         # The sum of -log π(y_t | y_<t) over all targets. Where m_t = 0 there is none (common.IGNORE).
-        return linear_cross_entropy(hidden, head, microbatch.targets, softcap)  # () the numerator               (1)
+        return linear_cross_entropy(hidden, head, microbatch.targets, softcap, microbatch.trained)  # ()             (1)
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def main(args):
         # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
         # adds up the gradients of their losses.
         sums = Sums()
-        for places in common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank]:
+        for places in reduce_once(common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank], policy):
             microbatch = common.pack(rows.sequences(indices[places]), device)
             loss = policy(microbatch) / num_trained  # () this microbatch's part of L                            (1)
             (loss * world).backward()  # FSDP averages gradients over ranks: undo its 1 / world
@@ -233,6 +234,14 @@ def learning_rate(args, step, num_steps):
     return args.lr * shapes[args.lr_schedule]
 
 
+def reduce_once(microbatches, *modules):
+    """The microbatches of an update. Only in the last one's backward --shard hybrid adds up gradients between nodes."""
+    for number, microbatch in enumerate(microbatches, 1):
+        for module in modules:
+            module.set_requires_all_reduce(number == len(microbatches))
+        yield microbatch
+
+
 def clip_gradient(args, module):
     """Clips the gradient, over all ranks, to --max_grad_norm. Returns its norm before."""
     return torch.nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
@@ -262,17 +271,6 @@ def all_sum(*values):
     return sums.tolist()
 
 
-def check_ranges(args):
-    """Raises RunError for a number out of range, in the flags of all scripts, and for NaN and infinity in any."""
-    ranges = {
-        "lr": (0, 1e38), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
-        "weight_decay": (0, 1e38), "max_grad_norm": (0, 1e38), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
-        **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
-        **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
-    }  # fmt: skip
-    common.check_ranges(args, ranges)
-
-
 def leave_at_once(number, frame):
     """Signal handler for when there is nothing to save: what is on disk is whole at any moment."""
     if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
@@ -282,7 +280,7 @@ def leave_at_once(number, frame):
 
 def setup_distributed(args):
     """Joins the processes torchrun started (or makes a world of one). Returns this rank's device and the FSDP mesh."""
-    check_ranges(args)
+    common.check_ranges(args, common.RANGES)
     faulthandler.register(signal.SIGUSR2)  # kill -USR2 prints where a process hangs
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave_at_once)
@@ -293,6 +291,8 @@ def setup_distributed(args):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with torchrun, whose store still answers:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # microbatches differ: no fragments
+    if args.deterministic:
+        common.make_deterministic()  # before CUDA starts
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
@@ -355,7 +355,7 @@ def load_model(args, config, model_class, module_class, device, mesh):
 # Flags that may differ when a run is continued: they do not change what is computed.
 RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "pass_threshold", "log_samples",
                  "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn",
-                 "verifier_workers", "compile", "shard", "save_every"}  # fmt: skip
+                 "verifier_workers", "compile", "deterministic", "shard", "save_every", "sample_tp"}  # fmt: skip
 
 
 class Run:

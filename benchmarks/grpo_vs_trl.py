@@ -41,7 +41,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_vs_trl import ON_CPU, Clock, environment, run, summarise, time_steps, train_tokenizer
+from sft_vs_trl import ON_CPU, Clock, environment, run, summarise, time_steps, train_tokenizer, wait_for_gpu
 
 IMPORTS = {"postcard": "import grpo", "trl": "import common; from trl import GRPOConfig, GRPOTrainer"}
 PARTS = ("rollout", "generate")
@@ -123,22 +123,42 @@ def prepare(args, work):
 
 
 def set_ending(model, tokenizer, mean_length):
-    """Every token ends a completion with probability 1 / mean_length (None: never) and is ANSWER in one of fifty."""
+    """Every token ends a completion with probability 1 / mean_length (None: never) and is ANSWER in one of fifty.
+
+    Ids of the head that have no token, where a vocabulary is padded, get no probability. grpo.py never draws them: what
+    they had would go to the end token too, and completions would be shorter than set.
+    """
     import torch
 
     (the,) = tokenizer.encode(f" {ANSWER}", add_special_tokens=False)
-    with torch.no_grad():  # feature 0 of the residual stream is 1 everywhere, and only these two logits see it
+    with torch.no_grad():  # feature 0 of the residual stream is 1 everywhere, and only the logits set here see it
         model.get_input_embeddings().weight[:, 0] = 1.0
         for layer in model.base_model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
         head = model.get_output_embeddings().weight
         head[:, 0] = head[tokenizer.eos_token_id] = head[the] = 0.0
+        named = torch.zeros(len(head), dtype=torch.bool)
+        named[list(tokenizer.get_vocab().values())] = True
+        named = named.to(head.device)
         ids = torch.randint(4096, (16, 64), generator=torch.Generator().manual_seed(0))
         hidden = model.base_model(ids.to(model.device)).last_hidden_state
-        others, feature = (hidden @ head.T).logsumexp(-1).mean().item(), hidden[..., 0].mean().item()
+        others, feature = (hidden @ head[named].T).logsumexp(-1).mean().item(), hidden[..., 0].mean().item()
+        head[~named, 0] = (others - 50.0) / feature
         head[the, 0] = (others + math.log(0.02)) / feature
-        head[tokenizer.eos_token_id, 0] = (others - (math.log(mean_length - 1) if mean_length else 50.0)) / feature
+        ending = math.log(1.02 / (mean_length - 1)) if mean_length else -50.0
+        head[tokenizer.eos_token_id, 0] = (others + ending) / feature
+
+
+def wrong_length(mean_length, set_mean, max_new_tokens):
+    """What is wrong with the mean length of completions, if it is off by more than 20 %; else None.
+
+    set_mean: that of set_ending. Of lengths that end with probability 1 / set_mean at each token and are cut off at
+    max_new_tokens, the mean is (1 - (1 - 1 / set_mean)^max_new_tokens) set_mean.
+    """
+    expected = set_mean * (1 - (1 - 1 / set_mean) ** max_new_tokens) if set_mean else max_new_tokens
+    if abs(mean_length / expected - 1) > 0.2:
+        return f"completions have {mean_length:.1f} tokens on average, they are set to {expected:.1f}"
 
 
 class PartClock(Clock):
@@ -146,7 +166,8 @@ class PartClock(Clock):
 
     def start(self):
         super().start()
-        self.parts = dict.fromkeys((f"{part}_{unit}" for part in PARTS for unit in ("seconds", "cpu_seconds")), 0.0)
+        names = [f"{part}_{unit}" for part in (*PARTS, "sync") for unit in ("seconds", "cpu_seconds")]
+        self.parts = dict.fromkeys(names, 0.0)
 
     def stop(self):
         super().stop()
@@ -157,10 +178,12 @@ class PartClock(Clock):
         function = getattr(owner, name)
 
         def watched(*arguments, **options):
+            wait_for_gpu()
             wall, cpu = time.perf_counter(), time.process_time()
             try:
                 return function(*arguments, **options)
             finally:
+                wait_for_gpu()
                 self.parts[f"{part}_seconds"] += time.perf_counter() - wall
                 self.parts[f"{part}_cpu_seconds"] += time.process_time() - cpu
 
@@ -177,6 +200,7 @@ def run_postcard(args, work, setting, slots, out, **flags):
     clock.watch(grpo.Rollouts, "sync", "rollout")
     clock.watch(grpo, "set_advantages", "rollout")
     clock.watch(Sampler, "sample", "generate")
+    clock.watch(Sampler, "sync", "sync")
 
     def described(entry):
         tokens = {"tokens": entry["sampled_tokens"], "mean_length": entry["completion_tokens"]}
@@ -188,7 +212,7 @@ def run_postcard(args, work, setting, slots, out, **flags):
         model=str(work / setting), data=[str(work / "rows.jsonl")], out=str(out), active_sampling=0,
         max_length=args.max_prompt + args.max_new_tokens, max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size, group_size=args.group_size, lr=args.lr, lr_schedule="constant", seed=args.seed,
-        save_every=0, verifier_workers=1, **({"slots": slots} if slots else {}), **flags,
+        verifier_workers=1, **({"slots": slots} if slots else {}), **({"save_every": 0} | flags),
     ))  # fmt: skip
 
 
@@ -199,16 +223,14 @@ def run_trl(args, work, setting, size, continuous, out, **options):
     from trl import GRPOConfig, GRPOTrainer
 
     import common
-    from rewards import VERIFIERS
+    from rewards import judge
 
     rows = [json.loads(line) for line in open(work / "rows.jsonl", encoding="utf-8")]
     prompts = [rows[i]["messages"] for i in common.stream(len(rows), args.seed, range(len(rows)))]
     clock, samples = PartClock(out), args.batch_size * args.group_size
 
     def contains(completions, **_):
-        judge, gold, _ = VERIFIERS["contains"]
-        gold = gold(ANSWER)
-        return [float(judge(completion[0]["content"], gold)[0]) for completion in completions]
+        return [judge("contains", completion[0]["content"], ANSWER).reward for completion in completions]
 
     class Log(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -296,6 +318,9 @@ def report(args, runs, memory, baseline, started):
                 r[f"speed_of_{args.contestants[0]}_{part}_cpu"] = times[0] / times[1]
             if abs(r["mean_length"] / first["mean_length"] - 1) > (0.0 if setting == "fixed" else 0.15):
                 strange.append(f"{setting} {name}: {r['mean_length']:.1f} tokens, not {first['mean_length']:.1f}")
+            set_mean = args.mean_length if setting == "ragged" else None
+            if wrong := wrong_length(r["mean_length"], set_mean, args.max_new_tokens):
+                strange.append(f"{setting} {name}: {wrong}")
         print(f"\n{setting:18} tokens/s  ours/it  s/step | by CPU time: ours/it  s/step  generate  rollout   update |"
               " ours/it: generate  rollout   update | length  reward  growth MB")  # fmt: skip
         for name, r in table.items():

@@ -11,7 +11,7 @@ T. For the query q_i, keys k_j and values v_j of one head of size D
 There is no padding and no mask tensor from outside. Importing this module registers, for any unmodified transformers
 model (`attn_implementation=...`, the scripts' `--attn`):
 
-    packed         variable-length flash attention inside PyTorch on CUDA in 16 bits, otherwise `packed_loop`
+    packed         variable-length flash attention inside PyTorch on CUDA where it can, otherwise `packed_loop`
     packed_fa      the flash-attn package, when installed; the only fast one for models with a score soft-cap (Gemma 2)
     packed_loop    scaled_dot_product_attention on each sequence: the definition, on any device in any precision
 
@@ -80,8 +80,7 @@ def packed_attention(
     """
     _check("packed", query, attention_mask, cu_seq_lens_q, kwargs)
     options = Options(scaling, dropout, sliding_window, softcap)
-    in_16_bits = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and in_16_bits and softcap is None:
+    if query.is_cuda and _flash_takes(query.dtype, query.shape[3], softcap):
         output = _varlen(query, key, value, cu_seq_lens_q, max_length_q, options)
     else:
         output = _loop(query, key, value, cu_seq_lens_q, options)
@@ -159,6 +158,11 @@ def _check(name, query, attention_mask, cu_seqlens, kwargs):
     for feature in ("s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             raise ValueError(f"this model's attention uses {feature}, which {name} does not implement")
+
+
+def _flash_takes(dtype, head_size, softcap):
+    """Whether PyTorch's flash attention computes this: in 16 bits, without a soft-cap, and it has a kernel for D."""
+    return dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256 and softcap is None
 
 
 def _tokens_first(x):

@@ -61,7 +61,7 @@ CHUNK = 4096  # tokens whose logits over the whole vocabulary exist at one time
 IGNORE = -100  # target of a token that is not trained on
 
 
-def linear_cross_entropy(hidden, weight, targets, softcap=None):
+def linear_cross_entropy(hidden, weight, targets, softcap=None, trained=None):
     """Summed cross-entropy of `targets` under softmax(hidden @ weight.T).
 
     Args:
@@ -69,17 +69,20 @@ def linear_cross_entropy(hidden, weight, targets, softcap=None):
         weight: (V, H) output head, same dtype and device.
         targets: (T,) int64 token ids, or -100 where nothing is predicted (contributes 0 and costs nothing).
         softcap: c > 0 if the model caps its logits (Gemma 2's final_logit_softcapping).
+        trained: (N,) int64, the positions t whose target is not -100, where the caller knows them. Otherwise they are
+            looked for, and the host waits for the GPU.
 
     Returns:
         () loss, summed (not averaged) over the trained tokens, in float32 (float64 for float64 operands).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, weight is a shard, a target is outside [0, V), or
-            softcap <= 0.
+            softcap <= 0. On CUDA such a target ends the process, at the next time that the host waits for the GPU.
     """
     transform = Transform(temperature=1.0, softcap=softcap)
     _check(hidden, weight, targets, transform)
-    loss, _, _ = _apply_token_loss(hidden, weight, targets, _minus_logprob, with_entropy=False, transform=transform)
+    trained = _trained_positions(targets) if trained is None else trained
+    loss, _, _ = _apply_token_loss(hidden, weight, targets, trained, _minus_logprob, transform)
     return loss
 
 
@@ -102,14 +105,14 @@ def linear_token_loss(hidden, weight, targets, token_loss, temperature=1.0, soft
     """
     _check(hidden, weight, targets, Transform(temperature, softcap))
     transform = Transform(float(temperature), softcap)
-    return _apply_token_loss(hidden, weight, targets, token_loss, with_entropy=True, transform=transform)
+    return _apply_token_loss(hidden, weight, targets, _trained_positions(targets), token_loss, transform)
 
 
-def linear_logprobs(hidden, weight, targets, temperature=1.0, softcap=None):
+def linear_logprobs(hidden, weight, targets, temperature=1.0, softcap=None, trained=None):
     """Log-probability of `targets`, and the entropy, under softmax(hidden @ weight.T / temperature).
 
     Args:
-        hidden, weight, targets, softcap: as for `linear_cross_entropy`. temperature: > 0, divides the logits.
+        hidden, weight, targets, softcap, trained: as for `linear_cross_entropy`. temperature: > 0, divides the logits.
 
     Returns:
         logprobs (T,) and entropy (T,) in nats, float32 (float64 for float64 operands), 0 where nothing is predicted.
@@ -119,7 +122,8 @@ def linear_logprobs(hidden, weight, targets, temperature=1.0, softcap=None):
         ValueError: as `linear_cross_entropy`; or temperature <= 0.
     """
     _check(hidden, weight, targets, Transform(temperature, softcap))
-    return _LinearLogprobs.apply(hidden, weight, targets, Transform(float(temperature), softcap))
+    trained = _trained_positions(targets) if trained is None else trained
+    return _LinearLogprobs.apply(hidden, weight, targets, trained, Transform(float(temperature), softcap))
 
 
 def _minus_logprob(logprobs, entropy, tokens):
@@ -127,19 +131,24 @@ def _minus_logprob(logprobs, entropy, tokens):
     return -logprobs
 
 
-def _apply_token_loss(hidden, weight, targets, token_loss, with_entropy, transform):
+def _trained_positions(targets):
+    """(N,) where there is a target."""
+    return (targets != IGNORE).nonzero()[:, 0]
+
+
+def _apply_token_loss(hidden, weight, targets, trained, token_loss, transform):
     if not torch.is_grad_enabled():  # an autograd.Function does not see no_grad, and would make the gradient
         hidden = hidden.detach()
         weight = weight.detach()
-    return _LinearTokenLoss.apply(hidden, weight, targets, token_loss, with_entropy, transform)
+    return _LinearTokenLoss.apply(hidden, weight, targets, trained, token_loss, transform)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     """The gradient is made in the forward: CHUNK tokens' logits, their losses, and at once what follows from them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_loss, with_entropy, transform):
-        trained = (targets != IGNORE).nonzero()[:, 0]  # (N,)
+    def forward(ctx, hidden, weight, targets, trained, token_loss, transform):
+        with_entropy = token_loss is not _minus_logprob
         exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
         loss = torch.zeros((), **exact)
         logprobs, entropy = torch.zeros(2, len(hidden), **exact)  # (T,) each
@@ -213,9 +222,8 @@ class _LinearLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, transform):
+    def forward(ctx, hidden, weight, targets, trained, transform):
         ctx.set_materialize_grads(False)  # no gradient for an output that nobody used
-        trained = (targets != IGNORE).nonzero()[:, 0]  # (N,)
         exact = {"dtype": _at_least_float32(hidden), "device": hidden.device}
         logprobs, entropy, logsumexp = torch.zeros(3, len(hidden), **exact)  # (T,) each
         padded = _pad(weight)  # (W, H)
@@ -260,7 +268,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_hidden = torch.zeros_like(hidden)
             d_hidden.index_copy_(0, trained, d_h.to(hidden.dtype))
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def _upstream(d_logprobs, d_entropy, like, trained):
@@ -325,7 +333,8 @@ def _check(hidden, weight, targets, transform):
     for name, value in transform._asdict().items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    outside = (targets < 0) | (targets >= len(weight))
-    bad = targets[(targets != IGNORE) & outside]
-    if bad.numel():
-        raise ValueError(f"target {bad[0].item()} is outside the vocabulary of {len(weight)}")
+    possible = (targets == IGNORE) | (targets >= 0) & (targets < len(weight))
+    if targets.is_cuda:  # the host does not wait for the answer
+        torch._assert_async(possible.all(), f"a target is outside the vocabulary of {len(weight)}")
+    elif not possible.all():
+        raise ValueError(f"target {targets[~possible][0].item()} is outside the vocabulary of {len(weight)}")

@@ -22,7 +22,11 @@ ROWS = ("o_proj", "down_proj")  # linear layers that read a part of the inputs, 
 
 
 def divide(config, t):
-    """The configuration of one rank's part. ValueError if a number that has to be divided by t cannot be."""
+    """The configuration of one rank's part.
+
+    Raises:
+        ValueError: a number that has to be divided by t cannot be.
+    """
     config = copy.deepcopy(config)
     if t == 1:
         return config
@@ -108,6 +112,6 @@ def agree(tokens, group):
 
 def any_of(flag, group):
     """Whether the flag is set on any rank of the group."""
-    flags = torch.tensor([int(flag)])
+    flags = torch.tensor([bool(flag)], dtype=torch.int32)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return bool(flags)

@@ -139,7 +139,6 @@ class Sampler:
         config: the transformers configuration of the policy.
         slots: sequences decoded at a time. max_length: most tokens of prompt and completion together.
         eos_ids: tokens that end a completion. device: where to decode, a torch.device or its name.
-        never: ids that are not drawn, although the model gives them a probability (and their share stays in (2)).
         group: the process group of the ranks that share a copy; None: this rank has its own.
 
     Raises:
@@ -147,7 +146,7 @@ class Sampler:
             a group that cannot divide the model.
     """
 
-    def __init__(self, config, slots, max_length, eos_ids, device, never=(), group=None):
+    def __init__(self, config, slots, max_length, eos_ids, device, group=None):
         self.device = torch.device(device)
         self.config = config
         self.slots = slots
@@ -169,7 +168,7 @@ class Sampler:
         self.logprobs = torch.zeros(slots, max_length, device=self.device)
         self.state = torch.zeros(slots, COLUMNS, dtype=torch.int32, device=self.device)
         self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
-        self.never = torch.tensor(sorted(never), dtype=torch.int64, device=self.device)
+        self.forbid([])
 
         # On the host.
         self.groups = {}
@@ -206,11 +205,15 @@ class Sampler:
             max_length = getattr(source.config, "max_position_embeddings", None)
             if max_length is None:
                 raise ValueError(f"{folder} does not say how many positions its model knows: give max_length")
-        sampler = cls(source.config, slots, max_length, _end_tokens(source, folder), device, group=group)
+        sampler = cls(source.config, slots, max_length, _end_tokens(source, folder), device, group)
         policy = torch.nn.Module()  # as `sync` takes it: with its model as .model
         policy.model = source
         sampler.sync(policy)
         return sampler
+
+    def forbid(self, ids):
+        """Of ids that are never drawn, although the model gives them a probability; and their share stays in (2)."""
+        self.never = torch.tensor(sorted(ids), dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def sync(self, policy):

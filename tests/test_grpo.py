@@ -754,6 +754,7 @@ def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
     for rank in range(ranks):
         rollouts = Rollouts.__new__(Rollouts)
         rollouts.sample_class = grpo.Sample
+        rollouts.tp, rollouts.copies = 1, ranks
         rollouts.sampler = SimpleNamespace(load_state_dict=shares.append)
         monkeypatch.setattr("rewards.environment._rank", lambda: rank)
         monkeypatch.setattr("rewards.environment._world", lambda: ranks)
@@ -805,7 +806,7 @@ def test_sampling_stops_on_all_stop_ids(start, template):
     encode = common.PromptEncoder(chat, len(chat.tokenizer), args.max_length - args.max_new_tokens, "drop")
     rollouts = Rollouts(args, chat, common.load_rows([start["data"][0].replace("train", "test")], encode))
     config = AutoConfig.from_pretrained(args.model)
-    rollouts.make_sampler(config, "cpu")
+    rollouts.make_sampler(config, torch.device("cpu"))
     names = {"tulu": [EOS], "chatml": ["<|im_end|>", EOS]}[template]
     ids = chat.tokenizer.convert_tokens_to_ids(names)
     assert rollouts.sampler.eos_ids == set(ids)

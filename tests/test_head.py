@@ -391,3 +391,17 @@ def test_head_refuses_wrong_settings():
             function(*operands, softcap=0.0)
     with pytest.raises(ValueError, match=r"token_loss returned \(\) for \(6,\) tokens"):
         linear_token_loss(*operands, lambda logprobs, entropy, tokens: -logprobs.mean())
+
+
+def test_trained_positions_may_be_given():
+    """By who knows them, as `common.pack` does: then nothing looks for them, and the results are the same."""
+    hidden, weight, targets = example(40, 6, 30, 0.5)
+    trained = (targets != -100).nonzero()[:, 0]
+    given = [linear_cross_entropy(hidden, weight, targets, None, trained), *linear_logprobs(hidden, weight, targets, trained=trained)]
+    found = [linear_cross_entropy(hidden, weight, targets), *linear_logprobs(hidden, weight, targets)]
+    for a, b in zip(given, found, strict=True):
+        assert torch.equal(a, b)
+        gradients = (torch.autograd.grad(x.sum(), (hidden, weight), retain_graph=True) for x in (a, b))
+        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    few = linear_cross_entropy(hidden, weight, targets, None, trained[:3])
+    assert torch.equal(few, -found[1][trained[:3]].sum()), "what is given is taken"

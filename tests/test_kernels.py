@@ -44,6 +44,27 @@ def test_packed_attention_equals_the_masked_softmax(lengths, window, kv_heads, s
         torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize(
+    "dtype, head_size, softcap, is_flash",
+    [
+        (torch.bfloat16, 64, None, True), (torch.float16, 8, None, True), (torch.bfloat16, 256, None, True),
+        (torch.bfloat16, 20, None, False), (torch.bfloat16, 264, None, False), (torch.bfloat16, 64, 50.0, False),
+        (torch.float32, 64, None, False), (torch.float64, 64, None, False),
+    ],
+)  # fmt: skip
+def test_flash_attention_gets_what_it_can_do(dtype, head_size, softcap, is_flash, monkeypatch):
+    """On CUDA, for which `meta` stands here: its kernels want 16 bits and a head size of 8, 16, ... 256. Else the loop."""
+    taken = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
+    monkeypatch.setattr(kernels.attention, "_varlen", lambda *args: taken.append(True))
+    monkeypatch.setattr(kernels.attention, "_loop", lambda *args: taken.append(False))
+    for device in ("meta", "cpu"):
+        q = torch.empty(1, 2, 4, head_size, dtype=dtype, device=device)
+        boundaries = torch.tensor([0, 4], dtype=torch.int32)
+        kernels.attention.packed_attention(None, q, q, q, cu_seq_lens_q=boundaries, max_length_q=4, softcap=softcap)
+    assert taken == [is_flash, False]
+
+
 def test_packed_attention_refuses_what_it_would_ignore():
     q = torch.randn(1, 2, 4, 8)
     cu = torch.tensor([0, 4], dtype=torch.int32)

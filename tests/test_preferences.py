@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -23,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import common
 import dpo
+import kernels.head
 import reward_model
 from common import ChatFormat, PairEncoder, Skip, load_rows, load_tokenizer
 from pipeline import convert
@@ -601,6 +604,69 @@ def test_other_content_is_another_file(cached, tiny_model):
     assert go("other_weights", model=model)[2]
     assert go("other_template", model=model, chat_template="chatml")[2]
     assert len(list(cache.glob("reference_*.safetensors"))) == 3
+
+
+@pytest.fixture
+def hash_of(monkeypatch):
+    """Function that says the hash of a reference, as one of several ranks computes it together with the others."""
+
+    def hash_of(model, ranks=1, device="cpu"):
+        shares = {}
+        for rank in [*range(ranks), 0]:  # rank 0 comes again when all shares are there
+            alone = SimpleNamespace(
+                get_rank=lambda rank=rank: rank, get_world_size=lambda: ranks, broadcast_object_list=lambda box: None,
+                all_gather_object=lambda box, share, rank=rank: shares.__setitem__(rank, share)
+                or box.__setitem__(slice(None), [shares.get(i, []) for i in range(ranks)]),
+            )  # fmt: skip
+            monkeypatch.setattr(dpo, "dist", alone)
+            monkeypatch.setattr(dpo, "on_rank0", lambda function: function())
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(ranks, 2)))
+            args = dpo.Args(model=str(model), max_length=64)
+            digest = dpo.hash_reference(args, common.load_config(args), torch.device(device))
+        return digest, shares
+
+    return hash_of
+
+
+def test_the_reference_is_known_by_the_bytes_of_its_files(tiny_model, tmp_path, hash_of, monkeypatch):
+    """Weights, configuration, code and kind of device make the hash; where the folder is does not, nor who reads what."""
+    monkeypatch.setattr(common, "read_weights", lambda *args: pytest.fail("no tensor is read"))
+    for name in ("same", "weights", "config"):
+        shutil.copytree(tiny_model, tmp_path / name)
+    with open(tmp_path / "weights" / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    config = json.loads((tmp_path / "config" / "config.json").read_text())
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    digest, _ = hash_of(tiny_model)
+    assert hash_of(tmp_path / "same")[0] == digest
+    others = [hash_of(tmp_path / name)[0] for name in ("weights", "config")] + [hash_of(tiny_model, device="meta")[0]]
+    text = (code := Path(kernels.head.__file__)).read_text()
+    monkeypatch.setattr(Path, "read_text", lambda path, read=Path.read_text, **kwargs: read(path, **kwargs) + "#" * (path == code))
+    assert text != code.read_text()
+    others.append(hash_of(tiny_model)[0])
+    assert len({digest, *others}) == 5
+
+
+def test_ranks_share_the_files_of_a_reference(tiny_model, tmp_path, hash_of):
+    """Each file is read once, on the node of rank 0, and every file counts; PyTorch's own format is taken, too."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20kB")
+    digest, shares = hash_of(tmp_path / "parts", ranks=4)
+    names = sorted(path.name for path in (tmp_path / "parts").glob("model*"))
+    assert len(names) > 4 and sorted(name for share in shares.values() for name, _ in share) == names
+    assert shares[2] == shares[3] == [] and abs(len(shares[0]) - len(shares[1])) <= 1
+    assert hash_of(tmp_path / "parts")[0] == digest
+    part = tmp_path / "parts" / names[-2]
+    part.write_bytes(part.read_bytes() + b" ")
+    assert hash_of(tmp_path / "parts")[0] != digest
+    model.config.save_pretrained(tmp_path / "bin")
+    with pytest.raises(common.RunError, match="it has no model.safetensors"):
+        hash_of(tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert [name for name, _ in hash_of(tmp_path / "bin")[1][0]] == ["pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "stale", "empty"])

@@ -1,8 +1,10 @@
 """Runs a function on several ranks: forks of this process, joined by gloo. A second, where torchrun takes ten."""
 
+import faulthandler
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -12,20 +14,32 @@ from pathlib import Path
 import torch.distributed as dist
 
 
-def together(world, function, *args, seconds=120):
-    """[function(*args), called on rank 0; on rank 1; ...]. Fails with the first rank's traceback if one raises."""
-    with tempfile.TemporaryDirectory() as folder:
+def together(world, function, *args, seconds=120, nodes=1, joins=False):
+    """[function(*args), called on rank 0; on rank 1; ...]. Fails with the first rank's traceback if one raises.
+
+    Args:
+        nodes: machines that the ranks seem to be on. joins: the function itself joins the ranks, as scripts do.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
         pids = []
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
-                _rank(Path(folder), rank, world, function, args)
+                local = {"LOCAL_WORLD_SIZE": str(world // nodes), "LOCAL_RANK": str(rank % (world // nodes))}
+                os.environ |= address | local | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+                _rank(Path(folder), rank, world, function, args, joins)
             pids.append(pid)
         end = time.monotonic() + seconds
         waiting = set(pids)
         while waiting and time.monotonic() < end and not any(Path(folder).glob("*.error")):
             waiting -= {pid for pid in waiting if os.waitpid(pid, os.WNOHANG)[0]}
             time.sleep(0.01)
+        for pid in waiting:
+            os.kill(pid, signal.SIGUSR2)  # it prints where it hangs
+        time.sleep(0.5 * bool(waiting))
         for pid in waiting:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -35,16 +49,19 @@ def together(world, function, *args, seconds=120):
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(world)]
 
 
-def _rank(folder, rank, world, function, args):
+def _rank(folder, rank, world, function, args, joins):
     """What a fork does. Does not return."""
     try:
+        faulthandler.register(signal.SIGUSR2)
         if dist.is_initialized():
             dist.destroy_process_group()
-        store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        if not joins:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         result = pickle.dumps(function(*args))
-        dist.barrier()
-        (folder / f"{rank}.result").write_bytes(result)
+        (folder / f"{rank}.partial").write_bytes(result)
+        (folder / f"{rank}.partial").rename(folder / f"{rank}.result")
+        while len(list(folder.glob("*.result"))) < world:  # rank 0 has the store by which the others find each other
+            time.sleep(0.01)
     except BaseException:
         (folder / f"{rank}.partial").write_text(traceback.format_exc())
         (folder / f"{rank}.partial").rename(folder / f"{rank}.error")
