@@ -364,7 +364,7 @@ class Sampler:
         return {"completions": completions}
 
     def load_state_dict(self, state):
-        """Continues from `state_dict()`, bit for bit."""
+        """Continues from `state_dict()`; on a CPU bit for bit."""
         self.groups = {}
         for fields in state["completions"]:
             fields = dict(fields)

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -209,4 +210,55 @@ def test_killed_once(runs, tmp_path, script):
         assert time.time() < end, left
     code, *texts = quick(script, out=out, **runs[script])
     assert code == 0, texts
+    assert_same(out, tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------------ two machines
+
+
+def machine(script, port, out, mark, flags, log):
+    """One of two machines with two processes each, which find each other by a rendezvous on this one."""
+    environment = os.environ | PORTABLE | {"POSTCARD_TEST": mark, "HF_DATASETS_CACHE": str(out) + "_cache"}
+    words = command(script, 2, flags | {"out": out})
+    rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=run", "--local_addr=localhost"]
+    words[words.index("--standalone") : words.index("--standalone") + 1] = rendezvous
+    with open(log, "ab") as file:
+        return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("script", ["sft.py", "grpo.py"])
+def test_one_of_two_machines_dies(runs, tmp_path, script, killed):
+    """Sharded within a machine, replicated on the other; in grpo.py the ranks of a machine share a copy to sample from.
+    The other machine's processes end by themselves. The same commands give bit for bit the same run."""
+    flags = runs[script] | {"shard": "hybrid", "save_every": 1, "batch_size": 4}
+    if script == "grpo.py":
+        flags["sample_tp"] = 2
+    log, rng = tmp_path / "log", random.Random(f"{script} {killed}")
+
+    def begin_both(out, mark):
+        port = free_port()
+        return [machine(script, port, out, mark, flags, log) for _ in range(2)]
+
+    assert [process.wait(timeout=400) for process in begin_both(tmp_path / "whole", "whole")] == [0, 0], log.read_text()
+    out, mark = tmp_path / "run", uuid.uuid4().hex
+    for _ in range(2):
+        is_in_phase = reached("loop", out, rng)
+        machines = begin_both(out, mark)
+        while not is_in_phase():
+            assert machines[0].poll() is None, log.read_text()[-3000:]
+            time.sleep(0.001)
+        os.killpg(machines[killed].pid, signal.SIGKILL)
+        for process in machines:
+            process.wait(timeout=120)
+        assert not survivors(process, mark, patience=30)[1]
+    assert newest(out) >= 2
+    assert [process.wait(timeout=400) for process in begin_both(out, mark)] == [0, 0], log.read_text()[-3000:]
     assert_same(out, tmp_path / "whole")
