@@ -158,8 +158,8 @@ class Sampler:
         self.model, self.cache = _build(config, slots, max_length, _precision(self.device), group)
         weights, cache = _bytes(self.model, self.cache)
         _check_memory(weights, cache, self.device, slots, max_length)
-        self.storages = None  # [(storage, bytes), ...] of all that `release` gives back
-        self.is_released = False
+        self.weight_storages = []  # [(storage, bytes), ...] of what `release` gives back
+        self.slot_storages = []
         self.synced = False
 
         # On the device, for each slot: its sequence (prompt and completion), the log-probabilities of its tokens, and
@@ -218,7 +218,7 @@ class Sampler:
     @torch.no_grad()
     def sync(self, policy):
         """Copies the weights of `policy.model`, sharded by FSDP2 or not, layer by layer. All ranks call it together."""
-        self._allocate()
+        self._allocate_weights()
         missing = dict(self.model.named_parameters())
         missing.update(self.model.named_buffers())
         for name, module in list(policy.named_modules()):
@@ -230,6 +230,7 @@ class Sampler:
                 self._take(name, module, missing)
         if missing:
             raise ValueError(f"the policy has no {sorted(missing)[:5]}")
+        self._allocate_slots()  # last, for until now the policy's modules have been gathered one by one
         self.synced = True
 
     def _take(self, prefix, module, missing):
@@ -241,36 +242,34 @@ class Sampler:
                     target = missing.pop(name)
                     target.copy_(own_part(tensor, target.shape, self.group))
 
-    def _allocate(self):
-        """Memory for weights and slots, if there is none: the first time, and after `release`."""
-        if self.storages is None:
+    def _allocate_weights(self):
+        """Memory for the weights: for the first time, or again."""
+        if not self.weight_storages:
             self.model.to_empty(device=self.device)
             self.model.eval().requires_grad_(False)
             self.model.tie_weights()
-            self.cache.allocate(self.device)
             if self.device.type == "cuda":
                 self._compile()
-            tensors = [*self.model.parameters(), *self.model.buffers(), *self.cache.buffers()]
-            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-            self.storages = [(storage, storage.nbytes()) for storage in storages.values()]
-        elif self.is_released:
-            for storage, size in self.storages:
-                storage.resize_(size)
-            self.cache.clear()
-            self.is_released = False
+            self.weight_storages = _storages([*self.model.parameters(), *self.model.buffers()])
+        _resize(self.weight_storages)
+
+    def _allocate_slots(self):
+        """Memory for keys and values, likewise."""
+        if not self.slot_storages:
+            self.cache.allocate(self.device)
+            self.slot_storages = _storages(self.cache.buffers())
+        _resize(self.slot_storages)
+        self.cache.clear()
 
     def release(self):
         """Gives the memory of weights, slots and graphs back, until the next `sync`. What is in `groups` stays.
 
-        The tensors stay as well, without memory. So does all that torch.compile has made of them: graphs are captured
+        The tensors stay as well, without memory. So does all that torch.compile has made for them: graphs are captured
         again, but nothing is compiled again.
         """
-        if self.storages is None:
-            return
         self.graphs.clear()
-        for storage, _ in self.storages:
+        for storage, _ in self.weight_storages + self.slot_storages:
             storage.resize_(0)
-        self.is_released = True
         self.synced = False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the graphs' own pool, and for what is no PyTorch: NCCL
@@ -743,6 +742,19 @@ def _bytes(model, cache):
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _storages(tensors):
+    """[(storage, bytes), ...] behind these tensors, some of which may share one."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return [(storage, storage.nbytes()) for storage in storages.values()]
+
+
+def _resize(storages):
+    """Gives every storage its size, if it has another one."""
+    for storage, size in storages:
+        if storage.nbytes() != size:
+            storage.resize_(size)
 
 
 def _take(free, preferred):

@@ -123,10 +123,10 @@ class Slots:
         return all(module.slot_keys.shape[2] >= length for module in self.layers)
 
     def allocate(self, device):
-        """Puts the buffers on a device, instead of wherever the first forward pass has made them."""
+        """Buffers on a device, instead of wherever the first forward pass has made them; `clear` has to follow."""
         for module in self.layers:
-            module.slot_keys = torch.zeros_like(module.slot_keys, device=device)
-            module.slot_values = torch.zeros_like(module.slot_values, device=device)
+            module.slot_keys = torch.empty_like(module.slot_keys, device=device)
+            module.slot_values = torch.empty_like(module.slot_values, device=device)
 
     def clear(self):
         """Zeros: what is masked must at least be a number."""

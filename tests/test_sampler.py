@@ -479,8 +479,8 @@ def test_release_gives_all_memory_back(tied):
     results = []
     for releases in (False, True):
         sampler = make_sampler(model, slots=3)
-        tensors = [*sampler.model.parameters(), *sampler.model.buffers(), *sampler.cache.buffers()]
         completions = sampler.sample(prompts, params, enough=1)
+        tensors = [*sampler.model.parameters(), *sampler.model.buffers(), *sampler.cache.buffers()]
         if releases:
             sampler.release()
             assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
