@@ -273,6 +273,7 @@ class Sampler:
         self.synced = False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the graphs' own pool, and for what is no PyTorch: NCCL
+            self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone may take no new ones
 
     @torch.no_grad()
     def sample(self, prompts, params, step=0, indices=None, enough=None, stop=None):
