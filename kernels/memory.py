@@ -4,15 +4,15 @@ A rank of W holds the W-th part of the float32 parameters, gradients, and AdamW'
 microbatch of T tokens, all trained, it holds more: parameters that FSDP2 has gathered, what autograd keeps for the
 backward, and what is only there for a moment. Most is held at one of these moments, in the order of a step:
 
-    in the head        all that is kept; logits of a chunk; with `cross_entropy`, the head's gradient in float32      (1)
-    behind the head    all that is kept; the head's gradient, and what its backward needs                             (2)
-    in a layer's       what the layers keep; what this one makes again with checkpointing, and what its backward      (3)
-    backward           needs; the gradients of the one before in float32, until they are summed over the ranks
-    in the embedding's its gradient and the head's, which become float32 for their sum over the ranks                 (4)
+    in the head         all that is kept; logits of a chunk; with `cross_entropy`, the head's gradient in float32   (1)
+    behind the head     all that is kept; the head's gradient, and what its backward needs                          (2)
+    in a layer's        what the layers keep; what this one makes again with checkpointing, and what its backward   (3)
+    backward            needs; the gradients of the one before in float32, until they are summed over the ranks
+    in the embedding's  its gradient and the head's, which become float32 for their sum over the ranks              (4)
 
 What a layer keeps is counted: the real model runs on meta tensors, which have a shape but no memory, and autograd shows
-what it keeps. So models with other norms, heads or activations need no formula of their own. Compiled layers are counted
-likewise: torch.compile decides what the backward makes again rather than keeps, and runs here up to that decision.
+what it keeps. So models with other norms, heads or activations need no formula of their own. Compiled layers are
+counted likewise: torch.compile decides what the backward makes again, and runs here up to that decision.
 
 Not counted: CUDA's context, NCCL's buffers, and memory that the allocator cannot use because it lies in pieces. On an
 80 GB card leave five or six GiB for them. And attention with a soft-cap, whose scores are all in memory.
@@ -40,8 +40,8 @@ def free_bytes(device):
         kibibytes = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
         return 1024 * int(kibibytes)
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch has it, and nobody uses it
-    return free + cached
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch keeps it for later
+    return free + unused
 
 
 class Model(NamedTuple):

@@ -87,10 +87,9 @@ def _with_whole_input(norm, group):
     rank = dist.get_rank(group)
 
     def gather(module, inputs):
-        x = inputs[0].movedim(-1, 0).contiguous()  # (width / t, ...)
-        whole = x.new_empty(t * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x, group=group)
-        return (whole.movedim(0, -1),)
+        parts = [torch.empty_like(inputs[0]) for _ in range(t)]
+        dist.all_gather(parts, inputs[0].contiguous(), group=group)
+        return (torch.cat(parts, dim=-1),)
 
     norm.register_forward_pre_hook(gather)
     norm.register_forward_hook(lambda module, inputs, output: output.chunk(t, dim=-1)[rank])

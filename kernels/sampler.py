@@ -476,8 +476,8 @@ class Sampler:
             positions = np.concatenate([np.arange(length) for length in lengths])
             followers = np.repeat(lengths, lengths) - positions - 1
             starts = np.cumsum([0, *lengths])
-            ids, slots, positions, followers, starts = (
-                torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, followers, starts)
+            ids, slots, positions, starts = (
+                torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, starts)
             )
             self.cache.begin(slots, positions, followers=followers)
             with torch.compiler.set_stance("force_eager"):  # every row is of another length

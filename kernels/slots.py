@@ -32,6 +32,7 @@ D head size, T tokens in one call, Hq and Hkv heads of queries and of keys and v
 sequence.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -67,7 +68,7 @@ class Slots:
         Args:
             rows: (T,) slot of each token. positions: (T,) where in its sequence it stands.
             reach: no sequence goes beyond so many positions; None while packed sequences are prefilled.
-            followers: while they are, (T,) how many tokens of its sequence come after each.
+            followers: while they are, (T,) how many tokens of its sequence come after each; an array of the host.
         """
         self.rows = rows
         self.positions = positions
@@ -103,7 +104,7 @@ class Slots:
     def _last(self, R):
         """The last R tokens of each sequence that is prefilled: the others' places are taken by them."""
         if R not in self.stored:
-            self.stored[R] = (self.followers < R).nonzero()[:, 0]
+            self.stored[R] = torch.from_numpy(np.flatnonzero(self.followers < R)).to(self.rows.device)
         return self.stored[R]
 
     def mask(self, window, R):
