@@ -40,7 +40,7 @@ import torch
 from sft_vs_trl import environment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -75,6 +75,14 @@ MODELS = {
     "4B": Qwen3Config(
         vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
+    ),
+    "Tülu 3 8B": LlamaConfig(
+        vocab_size=128_264, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
+    ),
+    "OLMo 3 7B": Olmo3Config(
+        vocab_size=100_278, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=4096, sliding_window=4096, tie_word_embeddings=False,
     ),
 }  # fmt: skip
 

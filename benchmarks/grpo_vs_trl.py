@@ -212,7 +212,7 @@ def run_postcard(args, work, setting, slots, out, **flags):
         model=str(work / setting), data=[str(work / "rows.jsonl")], out=str(out), active_sampling=0,
         max_length=args.max_prompt + args.max_new_tokens, max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size, group_size=args.group_size, lr=args.lr, lr_schedule="constant", seed=args.seed,
-        verifier_workers=1, **({"slots": slots} if slots else {}), **({"save_every": 0} | flags),
+        save_every=0, verifier_workers=1, **({"slots": slots} if slots else {}), **flags,
     ))  # fmt: skip
 
 

@@ -125,10 +125,10 @@ def train_tokenizer(texts):
 
 
 class Clock:
-    """Times steps and writes them, one JSON object a line, to steps.log. Waits for the GPU where there is one."""
+    """Times steps; rank 0 writes them, one JSON object a line, to steps.log. Waits for the GPU where there is one."""
 
     def __init__(self, out):
-        self.file = open(out / "steps.log", "w")
+        self.file = open(out / "steps.log" if os.environ.get("RANK", "0") == "0" else os.devnull, "w")
         self.start()
 
     def start(self):
@@ -181,7 +181,7 @@ def run_postcard(args, work, tokens_per_microbatch, out, **flags):
     sft.main(sft.Args(
         model=str(work / "model"), data=[str(work / "rows.jsonl")], out=str(out), max_length=args.max_length,
         batch_size=args.batch_size, epochs=1, lr=args.lr, lr_schedule="constant", warmup_ratio=0, seed=args.seed,
-        save_every=0, **budget, **flags,
+        **budget, **({"save_every": 0} | flags),
     ))  # fmt: skip
 
 

@@ -540,7 +540,8 @@ class Sampler:
         """One token for each of the first n slots, of which none has gone beyond `reach` positions."""
         rows = torch.arange(n, device=self.device)
         positions = self.state[:n, POSITION].long()
-        self.cache.begin(rows, positions, reach)
+        last = torch.where(self.state[:n, LIVE].bool(), positions, 0)  # of what has ended nothing more is read
+        self.cache.begin(rows, positions, reach, last)
         ids = self.ids[rows, positions]
         hidden = self._hidden(ids[:, None], positions[:, None])[:, 0]  # (n, H)
         logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)

@@ -62,17 +62,19 @@ class Slots:
         self.length = length  # L
         self.layers = []  # attention modules; each has its `slot_keys` and `slot_values`, (B, Hkv, R, D)
 
-    def begin(self, rows, positions, reach=None, followers=None):
+    def begin(self, rows, positions, reach=None, last=None, followers=None):
         """Before each forward pass.
 
         Args:
             rows: (T,) slot of each token. positions: (T,) where in its sequence it stands.
             reach: no sequence goes beyond so many positions; None while packed sequences are prefilled.
+            last: (T,) the last position that each token looks at, if that is not its own.
             followers: while they are, (T,) how many tokens of its sequence come after each; an array of the host.
         """
         self.rows = rows
         self.positions = positions
         self.reach = reach
+        self.last = positions if last is None else last
         self.followers = followers
         self.masks = {}  # R: mask
         self.stored = {}  # R: the tokens that are stored, while prefilling
@@ -111,7 +113,7 @@ class Slots:
         """(n, 1, 1, at most R) bool, equation (3) for each place. Made once a step for all layers of a kind."""
         if R not in self.masks:
             place = torch.arange(min(self.reach, R), device=self.positions.device)
-            i = self.positions[:, None]
+            i = self.last[:, None]
             j = i - (i - place) % R  # (n, places) the last position up to i that belongs there; below 0 there is none
             seen = j >= 0
             if window is not None:
@@ -188,7 +190,7 @@ def slot_attention(
         scaling = query.shape[3] ** -0.5
     options = Options(scaling=scaling, window=sliding_window, softcap=softcap)
     if use_triton(query):
-        output = triton_attention(query[:, :, 0], keys, values, slots.positions, options)  # (n, Hq, D)
+        output = triton_attention(query[:, :, 0], keys, values, slots.last, options)  # (n, Hq, D)
         return output[:, None], None
     return _masked_attention(query, keys, values, slots, options), None
 

@@ -77,7 +77,7 @@ def test_whole_models_in_bf16(family):
     assert errors[0] < 1.5 * errors[1] + 1e-3 and errors[1] < 0.1
 
 
-@pytest.mark.parametrize("V", [128, 5003, 128256])
+@pytest.mark.parametrize("V", [128, 5003, 100278, 128256, 128264])
 def test_the_compiled_head(V):
     """Large vocabularies, one no multiple of anything: bf16 operands, float64 truth; untrained tokens cost nothing."""
     torch.manual_seed(0)

@@ -6,19 +6,21 @@ import math
 import shutil
 import sys
 import time
+from datetime import timedelta
 from itertools import pairwise
 from types import SimpleNamespace
 
 import datasets
-import launch
 import lawless  # noqa: F401 (registers verifiers)
 import numpy as np
 import pytest
 import rl
 import torch
+import torch.distributed as dist
 from conftest import EOS, ROOT, TOKENIZERS, user, write_jsonl
 from forked import forked
 from launch import call, metrics, run
+from together import together, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -771,23 +773,16 @@ def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_completions_in_flight_survive_another_number_of_processes(start, tmp_path, before, after):
+def test_completions_in_flight_survive_another_number_of_processes(start, tmp_path, capfd, before, after):
     """Stopped with completions in flight: resumed, every one of them goes on from the tokens it has, and is judged."""
     out, flags = tmp_path / "run", rl.rewarded_by_a_built_in(tmp_path, start)
     flags |= {"inflight": 8, "slots": 6, "max_new_tokens": 24, "active_sampling": 0, "max_staleness": 2, "log_samples": 10**6, "keep": 0, "steps": 7}
-    process = launch.start("grpo.py", before, out=out, **flags)
-    while not (out / "checkpoints" / "step_4").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    launch.kill(process)
-    for folder in (out / "checkpoints").iterdir():  # it may have gone on while we looked
-        if folder.name != "step_4":
-            shutil.rmtree(folder)
-    shutil.rmtree(out / "model", ignore_errors=True)
+    train(before, grpo, out=out, **flags | {"stop_step": 4})
     pending = in_flight(torch.load(out / "checkpoints" / "step_4" / "states.pt", weights_only=True))
     assert sum(len(ids) > 0 for group in pending.values() for ids in group) > 0  # some have tokens already
-    stdout, _ = run("grpo.py", after, out=out, **flags)
-    assert "number of processes has changed" in stdout
+    capfd.readouterr()
+    train(after, grpo, out=out, **flags)
+    assert "number of processes has changed" in capfd.readouterr().out
     tokenizer = common.load_tokenizer(start["model"])
     lines = [json.loads(line) for line in open(out / "samples.jsonl")]
     for (_, position), group in pending.items():
@@ -835,9 +830,23 @@ def test_the_environment_without_a_policy_in_training(start, reference):
     assert found == {name: value for name, value in metrics(reference)[0].items() if name != "step"}
 
 
-def test_a_process_that_hangs_is_named(tmp_path):
-    stdout, _ = run("tests/hung_rank.py", 2)
-    assert "a process hangs" in stdout and "Ranks 1 failed to pass" in stdout
+def hangs():
+    """Rank 1 does not come to a meeting of all ranks. What rank 0 says."""
+    rewards.environment.PATIENCE = timedelta(seconds=2)
+    rollouts = Rollouts.__new__(Rollouts)
+    rollouts.gloo = dist.new_group(backend="gloo")
+    assert rollouts._gather([dist.get_rank()]) == [0, 1]
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        return None
+    with pytest.raises(RunError) as error:
+        rollouts._gather([])
+    return str(error.value)
+
+
+def test_a_process_that_hangs_is_named():
+    said, _ = together(2, hangs)
+    assert "a process hangs" in said and "Ranks 1 failed to pass" in said
 
 
 def test_ids_without_a_token_are_never_sampled(tiny_model, tmp_path):

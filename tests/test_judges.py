@@ -14,6 +14,7 @@ import torch
 from conftest import user, write_jsonl
 from launch import call, metrics, run
 from test_grpo import samples
+from together import train
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import grpo
@@ -605,7 +606,7 @@ def test_rows_that_fail_the_audit_are_left_out(start, tmp_path, capfd):
     assert len(said) == 1 and "4 of 16 " in said[0] and "left out" in said[0], said
     found = rows_of(tmp_path / "run")
     assert len(found) == 16 and not bad & set(found) and len(set(found)) == 12  # 4 steps of 4 prompts: an epoch and more
-    run("grpo.py", 2, out=tmp_path / "two", **flags)
+    train(2, grpo, out=tmp_path / "two", **flags)
     assert rows_of(tmp_path / "two") == found
     call(grpo, out=tmp_path / "stopped", **flags | {"stop_step": 2})
     with pytest.MonkeyPatch.context() as patch:  # what was found at the start holds: an audit has time limits

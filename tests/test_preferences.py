@@ -21,6 +21,7 @@ from launch import call, metrics, run, start, trace
 from safetensors.torch import load_file, save_file
 from test_kernels import relative_error, tiny_config
 from test_sft import assert_same_trajectory
+from together import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
@@ -317,7 +318,7 @@ def test_nll_does_not_depend_on_how_a_batch_is_cut(hh, tmp_path):
     flags = hh | {"nll_coef": 0.5, "steps": 10, "data": [str(hh["data"])], "eval_data": [str(hh["eval_data"])]}
     call(dpo, out=tmp_path / "one", **flags)
     call(dpo, out=tmp_path / "each", tokens_per_microbatch=1, **flags)
-    run("dpo.py", 2, out=tmp_path / "two", tokens_per_microbatch=1000, **flags)
+    train(2, dpo, out=tmp_path / "two", tokens_per_microbatch=1000, **flags)
     for name in ("each", "two"):
         assert_same_trajectory(trace(tmp_path / name), trace(tmp_path / "one"), 1e-5)
         for step, other in zip(trace(tmp_path / name)[1:], trace(tmp_path / "one")[1:], strict=True):

@@ -1,6 +1,7 @@
 """Runs a function on several ranks: forks of this process, joined by gloo. A second, where torchrun takes ten."""
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -12,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from launch import call
 
 
 def together(world, function, *args, seconds=120, nodes=1, joins=False):
@@ -49,9 +51,15 @@ def together(world, function, *args, seconds=120, nodes=1, joins=False):
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(world)]
 
 
+def train(world, script, nodes=1, **flags):
+    """A whole run of a script, which is a module, on so many ranks."""
+    together(world, lambda: call(script, **flags), nodes=nodes, joins=True)
+
+
 def _rank(folder, rank, world, function, args, joins):
     """What a fork does. Does not return."""
     try:
+        gc.freeze()  # a process group that a test has left in a cycle: its end would wait for threads that are not here
         faulthandler.register(signal.SIGUSR2)
         if dist.is_initialized():
             dist.destroy_process_group()
