@@ -1,11 +1,11 @@
 """Does it fit? Memory of each GPU for a model, a script and its flags, counted on any computer in a few seconds.
 
-    python benchmarks/memory.py --model 32B --gpus 16 --script grpo --sample_tp 2
+    python benchmarks/memory.py --model 32B --gpus 16 --script grpo --sample_tp 2 --max_length 16384
     python benchmarks/memory.py --all
 
---model is a folder, a config.json, a Hub id, or one of the shapes in MODELS below. Flags that a script has too mean the
-same, and have its defaults. The first table says what the memory is for, the second what other flags and GPUs would
-change. --all prints models by numbers of GPUs for all scripts, and writes benchmarks/results/memory.json.
+--model is a folder, a config.json, a Hub id, or one of the shapes in MODELS below. All other flags are the script's
+own, with its defaults. The first table says what the memory is for, the second what other flags and GPUs would change.
+--all prints models by numbers of GPUs for all scripts, by their defaults, and writes benchmarks/results/memory.json.
 
 Counted by `kernels/memory.py` (training) and `kernels.sampler.footprint` (sampling), which say how; a simulation in
 tests/test_memory.py agrees with the first. In reinforcement learning the sampler has memory while it samples, and gives
@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 from sft_vs_trl import environment
 from transformers import AutoConfig, LlamaConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
 from kernels.memory import count_model, training_bytes  # noqa: E402
 from kernels.sampler import footprint  # noqa: E402
 from rewards.environment import MOST_SLOTS  # noqa: E402
@@ -89,20 +91,6 @@ class Args:
     """how many in all"""
     script: Literal["sft", "reward_model", "dpo", "grpo", "ppo_rlvr"] = "grpo"
     """what is run on them"""
-    tokens_per_microbatch: int | None = None
-    """a script's flag; here and below, None: the script's default"""
-    max_length: int | None = None
-    """a script's flag"""
-    activation_checkpointing: bool | None = None
-    """a script's flag"""
-    compile: bool | None = None
-    """a script's flag"""
-    shard: Literal["full", "hybrid"] | None = None
-    """a script's flag"""
-    slots: int | None = None
-    """a script's flag"""
-    sample_tp: int | None = None
-    """a script's flag"""
     gpus_per_node: int = 8
     """for --shard hybrid, and the most that share a copy of the sampler's weights"""
     card_gib: float = 79.6
@@ -144,16 +132,15 @@ class Need:
 def load_config(name):
     if name in MODELS:
         return MODELS[name]
-    return AutoConfig.from_pretrained(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --model {name}: {common.first_line(error)}; by name there are {', '.join(MODELS)}")
 
 
 def script_args(args):
-    """The script's own Args, with the flags that were given here. Those that the script does not have are left out."""
-    result = importlib.import_module(args.script).Args()
-    for flag, value in vars(args).items():
-        if flag not in ("model", "script") and value is not None and hasattr(result, flag):
-            setattr(result, flag, value)
-    return result
+    """The class of the script's own flags."""
+    return importlib.import_module(args.script).Args
 
 
 @cache
@@ -206,9 +193,8 @@ def gib(size):
     return f"{size / GIB:.1f}"
 
 
-def show(args):
-    """The tables of one configuration."""
-    flags = script_args(args)
+def show(args, flags):
+    """The tables of one configuration. flags: the script's Args."""
     n = need(args, flags)
     if n is None:
         sys.exit(f"error: --sample_tp {flags.sample_tp} does not divide this model, or not these GPUs")
@@ -277,7 +263,7 @@ def marked(size, args):
 
 def cheapest(args):
     """(flags that were added, Need) of the first way in which it fits; of the last one, and False, if in none."""
-    flags = script_args(args)
+    flags = script_args(args)()
     ways = [changed(flags, **way) for name, way in WAYS.items() if name != "neither"]
     ways = [flags] + [way for way in ways if way.activation_checkpointing >= flags.activation_checkpointing]
     for way in ways:
@@ -300,7 +286,7 @@ def show_all(args):
             for script in SCRIPTS:
                 one = Args(**asdict(args) | {"model": model, "gpus": gpus, "script": script})
                 flags, n, fits = cheapest(one)
-                cells.append(cell(script_args(one), flags, n, fits))
+                cells.append(cell(script_args(one)(), flags, n, fits))
                 entry = {"model": model, "gpus": gpus, "script": script, "fits": fits}
                 chosen = ("activation_checkpointing", "compile", "sample_tp", "max_length", "tokens_per_microbatch")
                 entry |= {name: getattr(flags, name) for name in chosen if hasattr(flags, name)}
@@ -327,14 +313,15 @@ def cell(default, flags, n, fits):
     return " ".join([peak, *(f"`--{flag}`" for flag in added)])
 
 
-def main(args):
+def main(words=None):
+    """words: of the command line; by default this process's."""
+    args, rest = tyro.cli(Args, args=words, description=__doc__, use_underscores=True, return_unknown_args=True)
+    flags = tyro.cli(script_args(args), args=rest, use_underscores=True)
     if args.all:
         show_all(args)
     else:
-        show(args)
+        show(args, flags)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    main()

@@ -102,8 +102,9 @@ ENOUGH = {"OLMo-3-7B": 8}  # sequences at a time on a rank, or a group of ranks;
 
 def needed(model, gpus, script, flags):
     """(the script's Args, Need) by benchmarks/memory.py."""
-    args = memory.Args(model=model, gpus=gpus, script=script, **flags)
-    return memory.script_args(args), memory.need(args, memory.script_args(args))
+    args = memory.Args(model=model, gpus=gpus, script=script)
+    flags = memory.script_args(args)(**flags)
+    return flags, memory.need(args, flags)
 
 
 @pytest.mark.parametrize("model, gpus, script, flags", FITTING)
@@ -195,12 +196,15 @@ def test_flags_of_the_benchmark():
 
 def test_tables_of_the_benchmark(tmp_path, capsys):
     SMALL.save_pretrained(tmp_path)
-    memory.main(memory.Args(model=str(tmp_path), script="grpo", tokens_per_microbatch=256, max_length=256, compile=False))
+    words = f"--model {tmp_path} --max_length 256 --script".split()
+    memory.main([*words, "grpo", "--tokens_per_microbatch", "256", "--activation_checkpointing"])
     text = capsys.readouterr().out
     assert f"{tmp_path} on 8 GPUs: grpo.py --tokens_per_microbatch 256 --max_length 256 --activation_checkpointing" in text
     assert "It fits: 0.0 GiB of 74.0" in text
     assert len([line for line in text.splitlines() if line.startswith(tuple(f"| {gpus} |" for gpus in memory.GPUS))]) == 4
-    memory.main(memory.Args(model=str(tmp_path), script="sft", tokens_per_microbatch=256, max_length=256, limit_gib=0.0001))
+    memory.main([*words, "sft", "--tokens_per_microbatch", "256", "--limit_gib", "0.0001"])
     assert "It does not fit" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--sample_tp 4"):
-        memory.main(memory.Args(model=str(tmp_path), script="grpo", max_length=256, sample_tp=4))
+        memory.main([*words, "grpo", "--sample_tp", "4"])
+    with pytest.raises(SystemExit, match="error: --model nowhere: .*by name there are 1.5B, 8B"):
+        memory.main("--model nowhere --script sft".split())
