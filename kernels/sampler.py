@@ -431,7 +431,8 @@ class Sampler:
             if key != newest or len(completion.token_ids):  # another prompt; or, of a kept one, tokens of its own
                 ids = np.concatenate([completion.prompt_ids, completion.token_ids])
                 to_prefill.append((slot, ids[:-1]))
-                self.newest = key, slot
+                has_prompt = not len(completion.token_ids) or self.cache.keeps(len(ids))
+                self.newest = (key, slot) if has_prompt else (None, None)
             elif slot != source:
                 sources.append(source)
                 targets.append(slot)

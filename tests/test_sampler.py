@@ -464,6 +464,23 @@ def test_samples_of_a_prompt_that_come_late_find_it_whole(family):
         torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, rtol=0, atol=1e-5)
 
 
+def test_samples_that_were_not_begun_do_not_share_what_others_have_written(llama):
+    """Two of three samples were begun, and have gone on beyond the ring; the third needs the prompt."""
+    model = make(tiny_config("olmo3", V, True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    params = SamplingParams(n=3, max_new_tokens=40, seed=1)
+    kept = make_sampler(model, slots=2, max_length=96, eos_ids=[])
+    looks = iter(range(100))
+    kept.sample(make_prompts([10]), params, stop=lambda: next(looks) == 30)
+    sampler = make_sampler(model, slots=4, max_length=96, eos_ids=[])
+    sampler.load_state_dict(kept.state_dict())
+    for completion in sampler.sample([], params, step=1):
+        expected = recompute(model, completion, 1.0)
+        torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, rtol=0, atol=2e-5)
+
+
 def test_windows_have_rings(llama):
     """Of a sliding window of 16, 16 places, whatever max_length; a layer that sees all has max_length."""
     for family, lengths in [("llama", [96] * 3), ("olmo3", [16, 96, 16]), ("gemma3", [16, 96, 16])]:
