@@ -392,6 +392,8 @@ def check_flags(args):
     }  # fmt: skip
     above_zero = {"temperature", "clip_low", "clip_high", "solved", "pass_threshold", "max_logprob_gap"}
     common.check_ranges(args, ranges, above_zero)
+    if args.sample_tp > 1 and dist.get_world_size() % args.sample_tp:
+        raise common.RunError(f"--sample_tp {args.sample_tp} does not divide the {dist.get_world_size()} processes")
     if bool(args.reward_model) != bool(args.reward_model_coef):
         raise common.RunError("--reward_model and --reward_model_coef go together: the folder, and a factor above 0")
     if "" in args.stop_strings:

@@ -452,6 +452,8 @@ def check_flags(args):
     }  # fmt: skip
     above_zero = {"temperature", "clip_low", "clip_high", "solved", "pass_threshold", "max_logprob_gap"}
     common.check_ranges(args, ranges, {"reward_scale", *above_zero})
+    if args.sample_tp > 1 and dist.get_world_size() % args.sample_tp:
+        raise common.RunError(f"--sample_tp {args.sample_tp} does not divide the {dist.get_world_size()} processes")
     if "" in args.stop_strings:
         raise common.RunError("--stop_strings has an empty string, which every completion has")
 

@@ -15,16 +15,17 @@ it back before the update, so the peak is the larger of
     sampling     parameters and moments; the sampler's copy of the weights; its slots, the keys and values of a sequence
                  each. They come after the copy, for which FSDP2 gathers parameters: the largest group, if that is more
 
-ppo_rlvr.py trains two models, and has the states of both; its value model is counted as large as the policy. A reward
-model beside them (--reward_model of grpo.py) is not counted, nor are π_ref (it is in the memory of the host), a step of
-decoding, CUDA's context, NCCL, and memory that lies in pieces: --limit_gib leaves room for these.
+ppo_rlvr.py trains two models, and has the states of both; its value model is counted as large as the policy. Not
+counted are a reward model beside them (--reward_model of grpo.py), π_ref (it is in the memory of the host), what a
+prefill or a decode step needs for a moment (up to 2 GiB), scores of attention with a soft-cap (Gemma 2), CUDA's
+context, NCCL, and memory that lies in pieces: --limit_gib leaves room for these.
 """
 
 import importlib
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -139,7 +140,7 @@ def load_config(name):
 
 
 def script_args(args):
-    """The class of the script's own flags."""
+    """The script's Args class."""
     return importlib.import_module(args.script).Args
 
 
@@ -150,15 +151,12 @@ def counted(name, head, compiled):
 
 @cache
 def sampler_bytes(name, max_length, tp):
-    """(copy, slot), or None if the model cannot be divided so."""
-    try:
-        return footprint(load_config(name), max_length, torch.bfloat16, tp)
-    except ValueError:
-        return None
+    """(copy, slot). ValueError if the model cannot be divided so, or the sampler does not take it."""
+    return footprint(load_config(name), max_length, torch.bfloat16, tp)
 
 
 def need(args, flags):
-    """The Need of a script with `flags`, its Args. None if the flags cannot be."""
+    """The Need of a script with `flags`, its Args. ValueError if this model, or these GPUs, cannot have them."""
     shards = args.gpus
     if flags.shard == "hybrid":
         shards = min(args.gpus, args.gpus_per_node)
@@ -177,16 +175,23 @@ def need(args, flags):
     if args.script not in ("grpo", "ppo_rlvr"):
         return result
     tp = flags.sample_tp
-    sizes = sampler_bytes(args.model, flags.max_length, tp)
-    if sizes is None or args.gpus % tp or tp > args.gpus_per_node:
-        return None
-    result.copy, result.slot = sizes
-    result.gathered = 2 * max(models[0].outside, models[0].layer)
+    if args.gpus % tp or tp > args.gpus_per_node:
+        raise ValueError(f"--sample_tp {tp} does not divide the {args.gpus} GPUs, or those of a machine")
+    result.copy, result.slot = sampler_bytes(args.model, flags.max_length, tp)
+    result.gathered = 2 * 2 * max(models[0].outside, models[0].layer)  # bf16; in a buffer, and copied out of it
     room = args.limit_gib * GIB - result.parameters - result.moments - result.copy
     result.fitting = max(0, int(room // result.slot))
-    there_are = math.ceil(flags.batch_size * tp / args.gpus) * flags.group_size
+    there_are = math.ceil((flags.batch_size + flags.inflight) * tp / args.gpus) * flags.group_size
     result.slots = flags.slots or max(1, min(result.fitting, there_are, MOST_SLOTS))
     return result
+
+
+def try_need(args, flags):
+    """A Need, or None."""
+    try:
+        return need(args, flags)
+    except ValueError:
+        return None
 
 
 def gib(size):
@@ -196,8 +201,6 @@ def gib(size):
 def show(args, flags):
     """The tables of one configuration. flags: the script's Args."""
     n = need(args, flags)
-    if n is None:
-        sys.exit(f"error: --sample_tp {flags.sample_tp} does not divide this model, or not these GPUs")
     print(f"\n{command(args, flags)}\n\n| on each GPU | GiB |\n|---|---|")
     rows = [("parameters, float32", n.parameters), ("gradients, float32", n.gradients), ("AdamW's moments", n.moments)]
     rows += [("a microbatch: activations, gathered parameters, head", n.work), ("**training, peak**", n.training)]
@@ -224,7 +227,7 @@ def command(args, flags):
 
 
 WAYS = {  # to train: what differs from nothing
-    "neither": {"activation_checkpointing": False, "compile": False},
+    "no flag": {"activation_checkpointing": False, "compile": False},
     "`--compile`": {"activation_checkpointing": False, "compile": True},
     "`--activation_checkpointing`": {"activation_checkpointing": True, "compile": False},
 }
@@ -237,24 +240,17 @@ def show_others(args, flags):
     if samples:
         columns += [f"slots, `--sample_tp {tp}`" for tp in SAMPLE_TPS]
     print(f"| GPUs | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for gpus in GPUS:
-        other = Args(**asdict(args) | {"gpus": gpus})
+    for gpus in sorted({*GPUS, args.gpus}):
+        other = replace(args, gpus=gpus)
         cells = []
         for way in WAYS.values():
-            n = need(other, changed(flags, **way, **({"sample_tp": 1} if samples else {})))
+            n = need(other, replace(flags, **way, **({"sample_tp": 1} if samples else {})))
             cells.append(marked(n.training, args))
         for tp in SAMPLE_TPS if samples else ():
-            n = need(other, changed(flags, sample_tp=tp))
-            cells.append("–" if n is None else n.fitting or "none")
+            n = try_need(other, replace(flags, sample_tp=tp))
+            cells.append("–" if n is None else f"{n.fitting:,}" if n.fitting else "none")
         print(f"| {gpus} | {' | '.join(map(str, cells))} |")
     print(f"\nGiB; ✗ is more than {args.limit_gib}.", "Slots: of GPUs that share a copy, together." if samples else "")
-
-
-def changed(flags, **changes):
-    result = type(flags)(**vars(flags))
-    for name, value in changes.items():
-        setattr(result, name, value)
-    return result
 
 
 def marked(size, args):
@@ -264,13 +260,13 @@ def marked(size, args):
 def cheapest(args):
     """(flags that were added, Need) of the first way in which it fits; of the last one, and False, if in none."""
     flags = script_args(args)()
-    ways = [changed(flags, **way) for name, way in WAYS.items() if name != "neither"]
+    ways = [replace(flags, **way) for name, way in WAYS.items() if name != "no flag"]
     ways = [flags] + [way for way in ways if way.activation_checkpointing >= flags.activation_checkpointing]
     for way in ways:
         for tp in SAMPLE_TPS if hasattr(flags, "sample_tp") else (None,):
             if tp:
-                way = changed(way, sample_tp=tp)
-            n = need(args, way)
+                way = replace(way, sample_tp=tp)
+            n = try_need(args, way)
             if n and n.fits(args.limit_gib * GIB) and (not tp or n.fitting >= FEW):
                 return way, n, True
     return way, n, False
@@ -284,7 +280,7 @@ def show_all(args):
         for gpus in GPUS:
             cells = []
             for script in SCRIPTS:
-                one = Args(**asdict(args) | {"model": model, "gpus": gpus, "script": script})
+                one = replace(args, model=model, gpus=gpus, script=script)
                 flags, n, fits = cheapest(one)
                 cells.append(cell(script_args(one)(), flags, n, fits))
                 entry = {"model": model, "gpus": gpus, "script": script, "fits": fits}
@@ -317,10 +313,12 @@ def main(words=None):
     """words: of the command line; by default this process's."""
     args, rest = tyro.cli(Args, args=words, description=__doc__, use_underscores=True, return_unknown_args=True)
     flags = tyro.cli(script_args(args), args=rest, use_underscores=True)
-    if args.all:
-        show_all(args)
-    else:
-        show(args, flags)
+    try:
+        common.check_ranges(args, {"gpus": (1, 1e6), "gpus_per_node": (1, 1e6)})
+        common.check_ranges(flags, common.RANGES | dict.fromkeys(("slots", "sample_tp", "group_size"), (1, 1e9)))
+        show_all(args) if args.all else show(args, flags)
+    except (common.RunError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # of the configuration
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # linear layers that compute a part of the outputs
-ROWS = ("o_proj", "down_proj")  # linear layers that read a part of the inputs, and compute a term of a sum
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # linear layers with a part of the outputs
+ROW_PARALLEL = ("o_proj", "down_proj")  # linear layers that read a part of the inputs, and compute a term of a sum
 
 
 def divide(config, t):
-    """The configuration of one rank's part.
+    """A copy of the configuration, for one of t ranks.
 
     Raises:
         ValueError: a number that has to be divided by t cannot be.
@@ -45,24 +45,26 @@ def connect(model, whole, group):
 
     Args:
         model: of a divided configuration. whole: of the undivided one; both may be on meta.
-        group: the process group. Its ranks have to run the model in lockstep, with the same inputs.
+        group: the process group. Its ranks have to run the model in lockstep, with the same inputs. None: only checks.
 
     Raises:
-        ValueError: the model has weights of other names that would be divided, or its attention would not be.
+        ValueError: a weight that got smaller is in none of the layers named above, or a layer has no o_proj to sum.
     """
     parts = dict(model.named_parameters())
     summed = 0
     for name, parameter in whole.named_parameters():
         path, _, leaf = name.rpartition(".")
         kind = path.rpartition(".")[2]
-        if parts[name].shape == parameter.shape or kind in COLUMNS:
+        if parts[name].shape == parameter.shape or kind in COLUMN_PARALLEL:
             continue
         module = model.get_submodule(path)
-        if kind in ROWS and leaf == "weight":
-            _sum_outputs(module, group)
+        if kind in ROW_PARALLEL and leaf == "weight":
             summed += kind == "o_proj"
+            if group is not None:
+                _sum_outputs(module, group)
         elif type(module).__name__.endswith("Norm") and parameter.ndim == 1:
-            model.set_submodule(path, _with_whole_input(whole.get_submodule(path), group))
+            norm = whole.get_submodule(path)
+            model.set_submodule(path, norm if group is None else _with_whole_input(norm, group))
         else:
             raise ValueError(f"--sample_tp cannot divide this model's {name}")
     if summed != whole.config.num_hidden_layers:
@@ -70,7 +72,7 @@ def connect(model, whole, group):
 
 
 def _sum_outputs(linear, group):
-    """A linear layer of ROWS: its outputs are added up over the group, with one rank's bias."""
+    """A linear layer of ROW_PARALLEL: its outputs are added up over the group, with one rank's bias."""
     if dist.get_rank(group) > 0:
         linear.bias = None
 
@@ -105,7 +107,7 @@ def own_part(tensor, shape, group):
 
 
 def agree(tokens, group):
-    """In place: where the group's ranks have drawn different tokens, by a rounding, all get the same one of them."""
+    """In place: where ranks have drawn different tokens (n,), by a rounding, all get the one with the largest id."""
     dist.all_reduce(tokens, dist.ReduceOp.MAX, group=group)
 
 

@@ -33,13 +33,12 @@ Shapes:  B slots, n the first of them that are in use, L positions of a slot, V 
 P tokens of a prompt, T of its completion, E end tokens.
 """
 
+import copy
 import hashlib
-import re
 import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +52,7 @@ from transformers.utils import cached_file
 
 from kernels.head import _matmul
 from kernels.joined import join_products
+from kernels.memory import free_bytes
 from kernels.parallel import agree, any_of, connect, divide, own_part
 from kernels.slots import Slots
 
@@ -155,7 +155,8 @@ class Sampler:
         self.group = group
 
         # On meta, where nothing has memory; the first `sync` gives it some.
-        self.model, self.cache = _build(config, slots, max_length, _precision(self.device), group)
+        t = 1 if group is None else dist.get_world_size(group)
+        self.model, self.cache = _build(config, slots, max_length, _precision(self.device), t, group)
         weights, cache = _bytes(self.model, self.cache)
         _check_memory(weights, cache, self.device, slots, max_length)
         self.weight_storages = []  # [(storage, bytes), ...] of what `release` gives back
@@ -176,8 +177,9 @@ class Sampler:
         self.newest = None, None  # key in `groups` of the prompt that was prefilled last, and the slot that has it
         self.advance = _advance
         self.graphs = {}  # (slots decoded, reach, temperature): CUDA graph
-        self.sizes = [slots]  # how many slots are decoded together: all, a quarter of them, a sixteenth ...; each is
-        while self.sizes[0] >= 64:  # compiled and captured, so there are few
+        # All slots are decoded, a quarter, a sixteenth ...: each size is compiled and captured, so there are few.
+        self.sizes = [slots]
+        while self.sizes[0] >= 64:
             self.sizes.insert(0, self.sizes[0] // 4)
 
     @classmethod
@@ -217,23 +219,27 @@ class Sampler:
 
     @torch.no_grad()
     def sync(self, policy):
-        """Copies the weights of `policy.model`, sharded by FSDP2 or not, layer by layer. All ranks call it together."""
+        """Copies the weights of `policy.model`, sharded by FSDP2 or not, layer by layer. All ranks call it together.
+
+        Raises:
+            ValueError: the policy lacks a weight.
+        """
         self._allocate_weights()
         missing = dict(self.model.named_parameters())
         missing.update(self.model.named_buffers())
         for name, module in list(policy.named_modules()):
             if isinstance(module, FSDPModule):
                 module.unshard()  # its own parameters become whole, in the precision the policy computes in
-                self._take(name, module, missing)
+                self._copy_whole(name, module, missing)
                 module.reshard()
             elif module is policy:
-                self._take(name, module, missing)
+                self._copy_whole(name, module, missing)
         if missing:
             raise ValueError(f"the policy has no {sorted(missing)[:5]}")
         self._allocate_slots()  # last, for until now the policy's modules have been gathered one by one
         self.synced = True
 
-    def _take(self, prefix, module, missing):
+    def _copy_whole(self, prefix, module, missing):
         """Copies into the tensors of `missing`, {name: tensor}, what a module of the policy holds whole of them."""
         for tensors in (module.named_parameters, module.named_buffers):
             for name, tensor in tensors(prefix):
@@ -272,8 +278,8 @@ class Sampler:
             storage.resize_(0)
         self.synced = False
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the graphs' own pool, and for what is no PyTorch: NCCL
-            self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone may take no new ones
+            torch.cuda.empty_cache()  # gives the graphs' pool back too; NCCL allocates outside of PyTorch
+            self.pool = torch.cuda.graph_pool_handle()  # a pool takes no new graphs once all of its graphs are gone
 
     @torch.no_grad()
     def sample(self, prompts, params, step=0, indices=None, enough=None, stop=None):
@@ -709,14 +715,12 @@ def _keys(seed, completion):
 
 def footprint(config, max_length, dtype, tp=1):
     """(bytes of the weights, bytes of one slot) on each of `tp` ranks that share a copy. ValueError as Sampler."""
-    model, cache = _build(divide(config, tp), 1, max_length, dtype)
-    return _bytes(model, cache)
+    return _bytes(*_build(config, 1, max_length, dtype, tp))
 
 
-def _build(config, slots, max_length, dtype, group=None):
-    """(model, Slots) of this rank, on meta, where nothing has memory."""
+def _build(config, slots, max_length, dtype, t, group=None):
+    """(model, Slots) of one of t ranks, on meta, where nothing has memory. Without a group they are not connected."""
     _check_config(config, max_length)
-    t = 1 if group is None else dist.get_world_size(group)
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(divide(config, t), attn_implementation="slots", dtype=dtype)
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -726,7 +730,7 @@ def _build(config, slots, max_length, dtype, group=None):
         cache.begin(zeros, zeros, max_length)
         _hidden(model, cache, zeros[None], zeros[None])  # makes the buffers: their shapes
         if t > 1:
-            connect(model, AutoModelForCausalLM.from_config(divide(config, 1), dtype=dtype), group)
+            connect(model, AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype), group)
     return model, cache
 
 
@@ -821,11 +825,7 @@ def _check_config(config, max_length):
 
 def _check_memory(weights, cache, device, slots, max_length):
     """Before anything is allocated: is there room for so many bytes of weights, and of keys and values?"""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        kibibytes = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
-        free = 1024 * int(kibibytes)
+    free = free_bytes(device)
     if weights + cache > free:
         raise ValueError(
             f"rollouts need {weights / 2**30:.1f} GiB for weights and {cache / 2**30:.1f} GiB for keys and values, "

@@ -96,29 +96,26 @@ class Slots:
         rows, places = self.rows, self.positions
         if R < self.length:
             if self.reach is None:
-                tokens = self._last(R)
+                tokens = self._tokens_that_stay(R)
                 rows, places, keys, values = rows[tokens], places[tokens], keys[tokens], values[tokens]
             places = places % R
         module.slot_keys[rows, :, places] = keys
         module.slot_values[rows, :, places] = values
         return module.slot_keys, module.slot_values
 
-    def _last(self, R):
+    def _tokens_that_stay(self, R):
         """The last R tokens of each sequence that is prefilled: the others' places are taken by them."""
         if R not in self.stored:
             self.stored[R] = torch.from_numpy(np.flatnonzero(self.followers < R)).to(self.rows.device)
         return self.stored[R]
 
-    def mask(self, window, R):
+    def mask(self, R):
         """(n, 1, 1, at most R) bool, equation (3) for each place. Made once a step for all layers of a kind."""
         if R not in self.masks:
             place = torch.arange(min(self.reach, R), device=self.positions.device)
             i = self.last[:, None]
             j = i - (i - place) % R  # (n, places) the last position up to i that belongs there; below 0 there is none
-            seen = j >= 0
-            if window is not None:
-                seen = seen & (i - j < window)
-            self.masks[R] = seen[:, None, None]
+            self.masks[R] = (j >= 0)[:, None, None]
         return self.masks[R]
 
     def keeps(self, length):
@@ -199,7 +196,7 @@ def _masked_attention(query, keys, values, slots, options):
     """(n, 1, Hq, D): equations (1) to (4) with a mask, over all slots up to the longest sequence."""
     n, heads, _, D = query.shape
     query = query.reshape(n, keys.shape[1], -1, D)  # the heads that share keys and values: as queries of one head
-    mask = slots.mask(options.window, keys.shape[2])
+    mask = slots.mask(keys.shape[2])
     keys = keys[:n, :, : mask.shape[3]]
     values = values[:n, :, : mask.shape[3]]
     if options.softcap is None:

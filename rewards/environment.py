@@ -255,8 +255,6 @@ class Rollouts:
         self.find_end = StopStrings(chat.tokenizer, args.stop_strings) if args.stop_strings else None
         self.tp = args.sample_tp  # ranks that sample a share of the prompts together
         self.copies = _world() // self.tp  # shares
-        if _world() % self.tp:
-            raise common.RunError(f"--sample_tp {self.tp} does not divide the {_world()} processes")
         self.gloo = dist.new_group(backend="gloo") if dist.is_initialized() else None  # for _gather
         self.pool = Pool(args.verifier_workers, args.sandbox)
         self.tickets = {}  # of completions that have ended: _number → pool's ticket, text, first verifier, weights
@@ -281,18 +279,19 @@ class Rollouts:
         slots = args.slots or SLOTS_ON_CPU
         try:
             if device.type == "cuda":
-                self._check_training(config, device, trained)
-                slots = self._choose_slots(config, device, trained)
+                free = min(self._gather([free_bytes(device)]))  # the same on all ranks, so that all raise or none
+                self._check_training(free, trained)
+                slots = self._choose_slots(config, free, trained)
             self.sampler = Sampler(config, slots, args.max_length, self.chat.stop_ids, device, group)
         except ValueError as error:
             raise common.RunError(str(error)) from None
         # Ids without a token, where a vocabulary is padded: they decode to nothing, so no verifier would see them.
         self.sampler.forbid(set(range(config.vocab_size)) - set(self.chat.tokenizer.get_vocab().values()))
 
-    def _check_training(self, config, device, trained):
-        """Raises RunError if the first backward would certainly be out of memory; what samples has none then."""
+    def _check_training(self, free, trained):
+        """Raises RunError if the first backward would be out of the free bytes; the sampler has no memory then."""
         args = self.args
-        own = sum(parameter.to_local().numel() for module in trained for parameter in module.parameters())
+        own = _own_parameters(trained)
         tokens = max(args.tokens_per_microbatch, args.max_length)  # of the longest row, which goes alone
         work = 0
         for module, head in zip(trained, ("logprobs", "token_scores"), strict=False):
@@ -300,7 +299,6 @@ class Rollouts:
             shards = next(module.parameters()).device_mesh.size(-1)
             work = max(work, training_bytes(model, tokens, shards, args.activation_checkpointing).work)
         needed = 12 * own + work  # gradients and AdamW's two moments in float32
-        free = free_bytes(device)
         if needed > free:
             parts = f"{_gib(12 * own)} for gradients and AdamW, {_gib(work)} for a microbatch of {tokens} tokens"
             raise common.RunError(
@@ -308,12 +306,11 @@ class Rollouts:
                 "--tokens_per_microbatch and --max_length, give --activation_checkpointing, or take more GPUs"
             )
 
-    def _choose_slots(self, config, device, trained):
+    def _choose_slots(self, config, free, trained):
         """How many sequences are sampled at a time: --slots, or as many as there are and fit. RunError if none does."""
         args = self.args
         weights, slot = footprint(config, args.max_length, torch.bfloat16, self.tp)
-        own = sum(parameter.to_local().numel() for module in trained for parameter in module.parameters())
-        free = min(self._gather([free_bytes(device) - 8 * own]))  # AdamW's moments are there from the first update on
+        free -= 8 * _own_parameters(trained)  # AdamW's moments are there from the first update on
         fitting = int((USABLE * free - weights) // slot)
         there_are = math.ceil((args.batch_size + args.inflight) / self.copies) * args.group_size
         slots = args.slots or min(fitting, there_are, MOST_SLOTS)
@@ -770,6 +767,11 @@ def _rank():
 
 def _world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _own_parameters(modules):
+    """How many parameters of sharded modules this rank has."""
+    return sum(parameter.to_local().numel() for module in modules for parameter in module.parameters())
 
 
 def _gib(number):

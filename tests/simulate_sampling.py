@@ -4,7 +4,6 @@ The script's own policy, sharded, and the real Sampler: its sync, a prefill and 
 release. A group that shares a copy is a fake one, too.
 """
 
-import weakref
 from typing import NamedTuple
 
 import pytest
@@ -12,14 +11,13 @@ import torch
 import torch.distributed as dist
 from simulate import as_on_cuda, fake_buffers, fake_ranks
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import common
 import grpo
 import kernels.sampler
 import kernels.slots
+from kernels.memory import LiveBytes
 from kernels.sampler import PREFILL_TOKENS, Sampler
 
 
@@ -62,42 +60,15 @@ def simulate_sampling(config, ranks, slots, max_length, sample_tp=1):
         return Sampling(parameters, synced, sampled, released)
 
 
-class Bytes(TorchDispatchMode):
-    """Inside, counts the bytes of all that operations make and storages are resized to, for as long as they are alive."""
+class Bytes(LiveBytes):
+    """Likewise of what storages are resized to."""
 
     def __init__(self, patch):
         super().__init__()
-        self.sizes = {}  # storage: bytes
-        self.now = 0
-        self.peak = 0
         resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage, size):
+            self.add(size - storage.nbytes())
             resize(storage, size)
-            self.count(storage)
 
         patch.setattr(torch.UntypedStorage, "resize_", resize_and_count)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor) and tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in old:
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage):
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = 0
-            weakref.finalize(storage, self.forget, key)
-        self.change(key, storage.nbytes())
-
-    def change(self, key, size):
-        self.now += size - self.sizes[key]
-        self.sizes[key] = size
-        self.peak = max(self.peak, self.now)
-
-    def forget(self, key):
-        self.change(key, 0)
-        del self.sizes[key]

@@ -190,8 +190,10 @@ def test_flags_of_the_benchmark():
     assert ppo.parameters == pytest.approx(2 * grpo.parameters, rel=1e-4)  # the head is the embedding in either
     assert ppo.work == grpo.work and ppo.copy == grpo.copy
     _, few = needed("1.5B", 16, "grpo", {"slots": 5})
-    assert few.slots == 5 and few.rollout == grpo.rollout - (grpo.slots - 5) * grpo.slot
-    assert needed("1.5B", 16, "grpo", {"sample_tp": 4})[1] is None  # 2 heads of keys and values
+    assert few.slots == 5
+    assert few.rollout == few.parameters + few.moments + few.copy + max(5 * few.slot, few.gathered) < grpo.rollout
+    with pytest.raises(ValueError, match="num_key_value_heads, 2"):
+        needed("1.5B", 16, "grpo", {"sample_tp": 4})
 
 
 def test_tables_of_the_benchmark(tmp_path, capsys):

@@ -22,17 +22,14 @@ B32 = Qwen3Config(
     vocab_size=151_936, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072,
 )  # fmt: skip
-DEVICE = SimpleNamespace(type="cuda")
 
 
-def rollouts(free, world=8, monkeypatch=None, **flags):
-    """Rollouts of a run with these flags on `world` GPUs, each with so many GiB free when the models are there."""
-    monkeypatch.setattr(rewards.environment, "free_bytes", lambda device: free * GIB)
+def rollouts(world=8, **flags):
+    """Rollouts of a run with these flags on `world` GPUs."""
     made = Rollouts.__new__(Rollouts)
     made.args = grpo.Args(**flags)
     made.tp = made.args.sample_tp
     made.copies = world // made.tp
-    made.gloo = None
     return made
 
 
@@ -43,34 +40,34 @@ def trained(config, parameters, world=8):
     return SimpleNamespace(model=SimpleNamespace(config=config), parameters=lambda: iter([parameter]))
 
 
-def test_slots_are_as_many_as_there_are_and_fit(monkeypatch, capsys):
+def test_slots_are_as_many_as_there_are_and_fit(capsys):
     """8B on eight cards of 80 GB: all 64 sequences of a rank's share; at 32k tokens those that fit."""
     policy = trained(B8, 8.03)
-    assert rollouts(75, monkeypatch=monkeypatch)._choose_slots(B8, DEVICE, [policy]) == 64
+    assert rollouts()._choose_slots(B8, 75 * GIB, [policy]) == 64
     said = capsys.readouterr().out
     assert "14.96 GiB for weights and 0.50 GiB for each sequence of 4096 tokens, 67.52 GiB are free" in said, said
-    long = rollouts(75, monkeypatch=monkeypatch, max_length=32_768)._choose_slots(B8, DEVICE, [policy])
+    long = rollouts(max_length=32_768)._choose_slots(B8, 75 * GIB, [policy])
     assert long == int((0.93 * (75 - 8 * 8.03e9 / 8 / GIB) - 14.96) // 4) == 11
-    assert rollouts(75, monkeypatch=monkeypatch, slots=16)._choose_slots(B8, DEVICE, [policy]) == 16
-    few = rollouts(75, monkeypatch=monkeypatch, batch_size=8, group_size=4)._choose_slots(B8, DEVICE, [policy])
+    assert rollouts(slots=16)._choose_slots(B8, 75 * GIB, [policy]) == 16
+    few = rollouts(batch_size=8, group_size=4)._choose_slots(B8, 75 * GIB, [policy])
     assert few == 4  # a share has no more
-    large = rollouts(2000, monkeypatch=monkeypatch, batch_size=1024)._choose_slots(B8, DEVICE, [policy])
+    large = rollouts(batch_size=1024)._choose_slots(B8, 2000 * GIB, [policy])
     assert large == rewards.environment.MOST_SLOTS
 
 
-def test_slots_that_do_not_fit_are_refused(monkeypatch):
+def test_slots_that_do_not_fit_are_refused():
     for config, parameters, world, flags, message in [
         (B8, 8.03, 8, {"slots": 96}, r"so that 95 sequences fit: lower --slots or --max_length, raise --sample_tp \(it is 1\)"),
         (B32, 32.8, 16, {}, r"61.02 GiB for weights .* so that 0 sequences fit"),
     ]:
-        made = rollouts(75 if world == 8 else 68, world, monkeypatch, **flags)
+        free = (75 if world == 8 else 68) * GIB
         with pytest.raises(common.RunError, match=message):
-            made._choose_slots(config, DEVICE, [trained(config, parameters, world)])
-    shared = rollouts(68, 16, monkeypatch, sample_tp=4)
-    assert shared._choose_slots(B32, DEVICE, [trained(B32, 32.8, 16)]) == 126  # a fourth of a batch is 128
+            rollouts(world, **flags)._choose_slots(config, free, [trained(config, parameters, world)])
+    shared = rollouts(16, sample_tp=4)
+    assert shared._choose_slots(B32, 68 * GIB, [trained(B32, 32.8, 16)]) == 126  # a fourth of a batch is 128
 
 
-def test_a_first_backward_without_room_is_refused(monkeypatch):
+def test_a_first_backward_without_room_is_refused():
     """Before anything is sampled. With checkpointing there is room."""
     policy = trained(B8, 8.03)
     for flags, message in [
@@ -78,10 +75,10 @@ def test_a_first_backward_without_room_is_refused(monkeypatch):
         ({"activation_checkpointing": False, "max_length": 16_384}, "a microbatch of 16384 tokens.*take more GPUs"),
     ]:
         with pytest.raises(common.RunError, match=message):
-            rollouts(75, monkeypatch=monkeypatch, **flags)._check_training(B8, DEVICE, [policy])
+            rollouts(**flags)._check_training(75 * GIB, [policy])
     for flags in ({}, {"max_length": 32_768}, {"activation_checkpointing": False, "tokens_per_microbatch": 4096}):
-        rollouts(75, monkeypatch=monkeypatch, **flags)._check_training(B8, DEVICE, [policy])
+        rollouts(**flags)._check_training(75 * GIB, [policy])
     value_model = trained(B8, 7.5)
-    rollouts(70, monkeypatch=monkeypatch)._check_training(B8, DEVICE, [policy, value_model])
+    rollouts()._check_training(70 * GIB, [policy, value_model])
     with pytest.raises(common.RunError, match="gradients and AdamW"):
-        rollouts(24, monkeypatch=monkeypatch)._check_training(B8, DEVICE, [policy, value_model])
+        rollouts()._check_training(24 * GIB, [policy, value_model])
