@@ -44,6 +44,7 @@ class Coins(Rollouts):
         self.empty_steps = 0
         self.rng = rng
         self.without_signal = without_signal
+        self.sampler = SimpleNamespace(release=lambda: None)
 
     def sample(self, step, missing):
         return [[Coin(flip)] for flip in self.rng.random(missing) >= self.without_signal]

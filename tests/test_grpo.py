@@ -372,7 +372,7 @@ def test_errors_name_their_cause(start, tmp_path, flags, rows, message):
 OUT_OF_RANGE = {
     "group_size": (1, 0, -3), "temperature": (0.0, -1.0), "active_sampling": (-1,), "clip_low": (0.0, -0.1, 1.5),
     "clip_high": (0.0, -0.2), "tis_cap": (-1.0,), "kl_beta": (-0.1,), "minibatches": (0, -1, 5), "passes": (0, -1),
-    "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "inflight": (-1,), "max_staleness": (0, -1),
+    "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "sample_tp": (0, -1), "inflight": (-1,), "max_staleness": (0, -1),
     "max_logprob_gap": (0.0, -1.0), "verifier_workers": (0, -1), "eval_samples": (0, -1), "eval_temperature": (-0.1,), "log_samples": (-1,),
     "pass_threshold": (0.0, -0.5, 1.5), "reward_model_coef": (-0.1,),
 }  # fmt: skip

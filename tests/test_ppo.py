@@ -468,7 +468,7 @@ OUT_OF_RANGE = {
     "value_clip": (-0.1,), "value_coef": (-0.1,), "value_lr": (-1e-3,), "value_warmup_steps": (-1,), "gamma": (-0.1, 1.1),
     "gae_lambda": (-0.1, 1.1), "reward_scale": (0.0, -1.0), "reward_model_coef": (-0.1,), "group_size": (0, -1), "temperature": (0.0, -1.0),
     "clip_low": (0.0, -0.1, 1.5), "clip_high": (0.0, -0.2), "tis_cap": (-1.0,), "kl_beta": (-0.1,), "minibatches": (0, -1, 13),
-    "passes": (0, -1), "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "inflight": (-1,),
+    "passes": (0, -1), "max_new_tokens": (0, -1, 64, 99), "solved": (0.0, -0.5, 1.5), "slots": (0, -1), "sample_tp": (0, -1), "inflight": (-1,),
     "max_staleness": (0, -1), "max_logprob_gap": (0.0, -1.0), "verifier_workers": (0, -1), "eval_samples": (0, -1),
     "eval_temperature": (-0.1,), "log_samples": (-1,), "pass_threshold": (0.0, -0.5, 1.5),
 }  # fmt: skip

@@ -12,7 +12,6 @@ import torch
 from conftest import EOS, assistant, chat, shared, tokenizer_folder, user, write_jsonl
 from launch import ROOT, call, metrics, run, start, trace
 from safetensors.torch import load_file, save_file
-from together import train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import common
@@ -220,7 +219,7 @@ def test_the_schedule_follows_from_the_tokens(by_tokens):
 
 def test_processes_do_not_change_batches_of_tokens(by_tokens, tmp_path):
     flags, out = by_tokens
-    train(2, sft, out=tmp_path / "run", **flags | {"tokens_per_microbatch": 300})
+    run("sft.py", 2, out=tmp_path / "run", **flags | {"tokens_per_microbatch": 300})
     assert_same_trajectory(trace(tmp_path / "run"), trace(out), 1e-6)
 
 
