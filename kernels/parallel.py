@@ -45,30 +45,40 @@ def connect(model, whole, group):
 
     Args:
         model: of a divided configuration. whole: of the undivided one; both may be on meta.
-        group: the process group. Its ranks have to run the model in lockstep, with the same inputs. None: only checks.
+        group: the process group. Its ranks have to run the model in lockstep, with the same inputs.
+
+    Raises:
+        ValueError: as `divided_modules`.
+    """
+    for path, how in divided_modules(model, whole).items():
+        if how == "sum":
+            _sum_outputs(model.get_submodule(path), group)
+        else:
+            model.set_submodule(path, _with_whole_input(whole.get_submodule(path), group))
+
+
+def divided_modules(model, whole):
+    """{name of a module: "sum" or "norm"} of those that need the other ranks; `model`, `whole` as for `connect`.
 
     Raises:
         ValueError: a weight that got smaller is in none of the layers named above, or a layer has no o_proj to sum.
     """
     parts = dict(model.named_parameters())
-    summed = 0
+    found = {}
     for name, parameter in whole.named_parameters():
         path, _, leaf = name.rpartition(".")
         kind = path.rpartition(".")[2]
-        if parts[name].shape == parameter.shape or kind in COLUMN_PARALLEL:
+        if name in parts and (parts[name].shape == parameter.shape or kind in COLUMN_PARALLEL):
             continue
-        module = model.get_submodule(path)
         if kind in ROW_PARALLEL and leaf == "weight":
-            summed += kind == "o_proj"
-            if group is not None:
-                _sum_outputs(module, group)
-        elif type(module).__name__.endswith("Norm") and parameter.ndim == 1:
-            norm = whole.get_submodule(path)
-            model.set_submodule(path, norm if group is None else _with_whole_input(norm, group))
+            found[path] = "sum"
+        elif type(whole.get_submodule(path)).__name__.endswith("Norm") and parameter.ndim == 1:
+            found[path] = "norm"
         else:
             raise ValueError(f"--sample_tp cannot divide this model's {name}")
-    if summed != whole.config.num_hidden_layers:
+    if sum(path.endswith("o_proj") for path in found) != whole.config.num_hidden_layers:
         raise ValueError("--sample_tp cannot divide this model's attention")
+    return found
 
 
 def _sum_outputs(linear, group):

@@ -53,7 +53,7 @@ from transformers.utils import cached_file
 from kernels.head import _matmul
 from kernels.joined import join_products
 from kernels.memory import free_bytes
-from kernels.parallel import agree, any_of, connect, divide, own_part
+from kernels.parallel import agree, any_of, connect, divide, divided_modules, own_part
 from kernels.slots import Slots
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass
@@ -725,12 +725,20 @@ def _build(config, slots, max_length, dtype, t, group=None):
         model = AutoModelForCausalLM.from_config(divide(config, t), attn_implementation="slots", dtype=dtype)
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
             raise ValueError("the model's head has a bias, which is not supported")
+        if t > 1:
+            whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            divided_modules(model, whole)  # raises ValueError for what cannot be divided
         cache = Slots(slots, max_length)
         zeros = torch.zeros(1, dtype=torch.int64)
         cache.begin(zeros, zeros, max_length)
-        _hidden(model, cache, zeros[None], zeros[None])  # makes the buffers: their shapes
-        if t > 1:
-            connect(model, AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype), group)
+        try:
+            _hidden(model, cache, zeros[None], zeros[None])  # makes the buffers: their shapes
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"the sampler does not support {config.model_type}: {error}") from None
+        if len(cache.layers) != config.num_hidden_layers:
+            raise ValueError(f"the sampler does not support {config.model_type}: not every layer keeps keys and values")
+        if group is not None:
+            connect(model, whole, group)
     return model, cache
 
 

@@ -120,7 +120,7 @@ class Slots:
 
     def keeps(self, length):
         """Whether the first token of a sequence is still there when the sequence has so many."""
-        return all(module.slot_keys.shape[2] >= length for module in self.layers)
+        return all(module.slot_keys.shape[2] >= min(length, self.length) for module in self.layers)
 
     def allocate(self, device):
         """Buffers on a device, instead of wherever the first forward pass has made them; `clear` has to follow."""

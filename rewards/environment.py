@@ -280,18 +280,22 @@ class Rollouts:
         try:
             if device.type == "cuda":
                 free = min(self._gather([free_bytes(device)]))  # the same on all ranks, so that all raise or none
-                self._check_training(free, trained)
-                slots = self._choose_slots(config, free, trained)
+                own = max(self._gather([_own_parameters(trained)]))
+                self._check_training(free, own, trained)
+                slots = self._choose_slots(config, free - 8 * own)  # AdamW's moments are there from the first update on
             self.sampler = Sampler(config, slots, args.max_length, self.chat.stop_ids, device, group)
         except ValueError as error:
             raise common.RunError(str(error)) from None
         # Ids without a token, where a vocabulary is padded: they decode to nothing, so no verifier would see them.
         self.sampler.forbid(set(range(config.vocab_size)) - set(self.chat.tokenizer.get_vocab().values()))
 
-    def _check_training(self, free, trained):
-        """Raises RunError if the first backward would be out of the free bytes; the sampler has no memory then."""
+    def _check_training(self, free, own, trained):
+        """Raises RunError if the first backward needs more than the free bytes; the sampler has no memory then.
+
+        Args:
+            own: parameters of all `trained` models that a rank has.
+        """
         args = self.args
-        own = _own_parameters(trained)
         tokens = max(args.tokens_per_microbatch, args.max_length)  # of the longest row, which goes alone
         work = 0
         for module, head in zip(trained, ("logprobs", "token_scores"), strict=False):
@@ -306,11 +310,10 @@ class Rollouts:
                 "--tokens_per_microbatch and --max_length, give --activation_checkpointing, or take more GPUs"
             )
 
-    def _choose_slots(self, config, free, trained):
+    def _choose_slots(self, config, free):
         """How many sequences are sampled at a time: --slots, or as many as there are and fit. RunError if none does."""
         args = self.args
         weights, slot = footprint(config, args.max_length, torch.bfloat16, self.tp)
-        free -= 8 * _own_parameters(trained)  # AdamW's moments are there from the first update on
         fitting = int((USABLE * free - weights) // slot)
         there_are = math.ceil((args.batch_size + args.inflight) / self.copies) * args.group_size
         slots = args.slots or min(fitting, there_are, MOST_SLOTS)

@@ -14,6 +14,7 @@ import rewards.environment
 from rewards.environment import Rollouts
 
 GIB = 2**30
+OWN = 8.03e9 / 8  # parameters of an 8B that one of eight ranks has
 B8 = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072,
@@ -33,25 +34,23 @@ def rollouts(world=8, **flags):
     return made
 
 
-def trained(config, parameters, world=8):
-    """A model in training of so many billion parameters, of which this rank has a shard."""
-    shard = SimpleNamespace(numel=lambda: round(parameters * 1e9 / world))
-    parameter = SimpleNamespace(to_local=lambda: shard, device_mesh=SimpleNamespace(size=lambda dim: world))
+def trained(config, world=8):
+    """A model in training, as far as it is looked at."""
+    parameter = SimpleNamespace(device_mesh=SimpleNamespace(size=lambda dim: world))
     return SimpleNamespace(model=SimpleNamespace(config=config), parameters=lambda: iter([parameter]))
 
 
 def test_slots_are_as_many_as_there_are_and_fit(capsys):
     """8B on eight cards of 80 GB: all 64 sequences of a rank's share; at 32k tokens those that fit."""
-    policy = trained(B8, 8.03)
-    assert rollouts()._choose_slots(B8, 75 * GIB, [policy]) == 64
+    assert rollouts()._choose_slots(B8, 75 * GIB - 8 * OWN) == 64
     said = capsys.readouterr().out
     assert "14.96 GiB for weights and 0.50 GiB for each sequence of 4096 tokens, 67.52 GiB are free" in said, said
-    long = rollouts(max_length=32_768)._choose_slots(B8, 75 * GIB, [policy])
+    long = rollouts(max_length=32_768)._choose_slots(B8, 75 * GIB - 8 * OWN)
     assert long == int((0.93 * (75 - 8 * 8.03e9 / 8 / GIB) - 14.96) // 4) == 11
-    assert rollouts(slots=16)._choose_slots(B8, 75 * GIB, [policy]) == 16
-    few = rollouts(batch_size=8, group_size=4)._choose_slots(B8, 75 * GIB, [policy])
+    assert rollouts(slots=16)._choose_slots(B8, 75 * GIB - 8 * OWN) == 16
+    few = rollouts(batch_size=8, group_size=4)._choose_slots(B8, 75 * GIB - 8 * OWN)
     assert few == 4  # a share has no more
-    large = rollouts(batch_size=1024)._choose_slots(B8, 2000 * GIB, [policy])
+    large = rollouts(batch_size=1024)._choose_slots(B8, 2000 * GIB - 8 * OWN)
     assert large == rewards.environment.MOST_SLOTS
 
 
@@ -62,23 +61,38 @@ def test_slots_that_do_not_fit_are_refused():
     ]:
         free = (75 if world == 8 else 68) * GIB
         with pytest.raises(common.RunError, match=message):
-            rollouts(world, **flags)._choose_slots(config, free, [trained(config, parameters, world)])
+            rollouts(world, **flags)._choose_slots(config, free - 8 * parameters * 1e9 / world)
     shared = rollouts(16, sample_tp=4)
-    assert shared._choose_slots(B32, 68 * GIB, [trained(B32, 32.8, 16)]) == 126  # a fourth of a batch is 128
+    assert shared._choose_slots(B32, 68 * GIB - 8 * 32.8e9 / 16) == 126  # a fourth of a batch is 128
 
 
 def test_a_first_backward_without_room_is_refused():
     """Before anything is sampled. With checkpointing there is room."""
-    policy = trained(B8, 8.03)
+    policy = trained(B8)
     for flags, message in [
         ({"activation_checkpointing": False, "tokens_per_microbatch": 16_384}, "a microbatch of 16384 tokens"),
         ({"activation_checkpointing": False, "max_length": 16_384}, "a microbatch of 16384 tokens.*take more GPUs"),
     ]:
         with pytest.raises(common.RunError, match=message):
-            rollouts(**flags)._check_training(75 * GIB, [policy])
+            rollouts(**flags)._check_training(75 * GIB, OWN, [policy])
     for flags in ({}, {"max_length": 32_768}, {"activation_checkpointing": False, "tokens_per_microbatch": 4096}):
-        rollouts(**flags)._check_training(75 * GIB, [policy])
-    value_model = trained(B8, 7.5)
-    rollouts()._check_training(70 * GIB, [policy, value_model])
+        rollouts(**flags)._check_training(75 * GIB, OWN, [policy])
+    value_model = trained(B8)
+    rollouts()._check_training(70 * GIB, 2 * OWN, [policy, value_model])
     with pytest.raises(common.RunError, match="gradients and AdamW"):
-        rollouts()._check_training(24 * GIB, [policy, value_model])
+        rollouts()._check_training(24 * GIB, 2 * OWN, [policy, value_model])
+
+
+def test_all_ranks_decide_by_the_same_numbers(monkeypatch):
+    """Shards are uneven where the number of ranks does not divide a matrix, and another process may share a card."""
+    made = rollouts(sample_tp=1)
+    seen = []
+    made.chat = SimpleNamespace(stop_ids=[2], tokenizer=SimpleNamespace(get_vocab=lambda: {"a": 0}))
+    monkeypatch.setattr(rewards.environment, "free_bytes", lambda device: 50)
+    monkeypatch.setattr(rewards.environment, "_own_parameters", lambda modules: 3)
+    monkeypatch.setattr(rewards.environment, "Sampler", lambda config, slots, *rest: SimpleNamespace(slots=slots, forbid=seen.append))
+    made._gather = lambda items: [*items, 40 if items == [50] else 4]  # the other rank's
+    made._check_training = lambda free, own, trained: seen.append((free, own))
+    made._choose_slots = lambda config, free: seen.append(free) or 7
+    made.make_sampler(SimpleNamespace(vocab_size=3), SimpleNamespace(type="cuda"))
+    assert seen == [(40, 4), 40 - 8 * 4, {1, 2}] and made.sampler.slots == 7

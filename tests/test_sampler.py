@@ -19,7 +19,7 @@ from launch import run
 from safetensors.torch import load_file, save_file
 from test_kernels import tiny_config
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, StableLmConfig
 
 import common
 import kernels.sampler
@@ -479,6 +479,16 @@ def test_samples_that_were_not_begun_do_not_share_what_others_have_written(llama
     for completion in sampler.sample([], params, step=1):
         expected = recompute(model, completion, 1.0)
         torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2), "mamba: not every layer keeps keys and values"),
+    (StableLmConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4), "does not support stablelm"),
+])  # fmt: skip
+def test_models_without_keys_in_slots_are_refused(config, message):
+    """What they sample would be silently wrong."""
+    with pytest.raises(ValueError, match=message):
+        Sampler(config, 2, 32, [2], "cpu")
 
 
 def test_windows_have_rings(llama):
