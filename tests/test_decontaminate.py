@@ -133,31 +133,38 @@ def test_by_definition(tmp_path):
 
 # ------------------------------------------------------------------------------------ what OLMo 3's rule does besides
 
-FORM = [f"Write a function to find the {word} of a list" for word in ("sum", "maximum", "length", "median", "mean", "sorted copy")]
-EMPTY = {"prompts": [*FORM, STORY]}
+FORM = [
+    f"Write a python function to find the exact {word} of all the given numbers"
+    for word in ("sum", "maximum", "length", "median", "mean", "product")
+]
 
 
 def test_form(tmp_path):
     """A row with a benchmark's form alone hits nothing; an ignore list takes the place of what is counted."""
-    rows = told("Write a function to find the roots of a polynomial", STORY, FORM[2])
-    found = run(tmp_path, EMPTY, rows)
-    assert found.keys() == {("prompts", 7, 2), ("prompts", 3, 3)}  # copies are found, whatever is ignored
-    assert "- form, in 6 prompts: write a function to" in lines(tmp_path / "out/report.md")
-    write_jsonl(tmp_path / "none.txt", [""])
-    without = run(tmp_path, EMPTY, rows, out="none", ignore=str(tmp_path / "none.txt"), threshold=0.45)
-    write_jsonl(tmp_path / "some.txt", ["", "Write a function, to find the..."])
-    listed = run(tmp_path, EMPTY, rows, out="some", ignore=str(tmp_path / "some.txt"), threshold=0.45)
-    counted = run(tmp_path, EMPTY, rows, out="counted", threshold=0.45)
-    tulu = run(tmp_path, EMPTY, rows, out="tulu", rule="tulu3", threshold=0.45)
+    tests = {"prompts": [*FORM, STORY]}
+    rows = told("Write a python function to find the exact roots of a polynomial", STORY, FORM[2])
+    copies = {("prompts", 7, 2), ("prompts", 3, 3)}  # are found, whatever does not count
+    assert run(tmp_path, tests, rows).keys() == copies
+    report = lines(tmp_path / "out/report.md")
+    assert "- form, in 6 prompts: write a python function" in report
+    (tmp_path / "none.txt").write_text("")
+    (tmp_path / "some.txt").write_text("\nWrite a python function, to find...\n")
+    without = run(tmp_path, tests, rows, out="none", ignore=str(tmp_path / "none.txt"))
+    listed = run(tmp_path, tests, rows, out="some", ignore=str(tmp_path / "some.txt"))
     assert {test for _, test, row in without if row == 1} == {1, 2, 3, 4, 5, 6}
-    assert not [row for _, _, row in listed if row == 1] and not [row for _, _, row in counted if row == 1]
-    assert tulu == without
+    assert run(tmp_path, tests, rows, out="tulu", rule="tulu3") == without
+    assert "form" not in (tmp_path / "tulu/report.md").read_text().partition("## ")[2].partition("## ")[0]
+    assert listed.keys() == copies
 
 
 def test_few_prompts_have_no_form(tmp_path):
-    assert run(tmp_path, {"few": [STORY, f"{STORY} today", f"{STORY} again"]}, told(changed(STORY, 0.3))).keys() == {
-        ("few", 1, 1), ("few", 2, 1), ("few", 3, 1),
-    }  # fmt: skip
+    """Neither 3 that are alike, nor 5 of 105: the row hits them all."""
+    alike = [f"{STORY} {word}" for word in ("today", "again", "at last", "and left", "once more")]
+    others = [f"Prompt{i} has{i} words{i} that{i} are{i} its{i} own{i} alone{i} here{i}" for i in range(100)]
+    row = told(changed(STORY, 0.3))
+    assert len(run(tmp_path, {"few": alike[:3]}, row, out="few")) == 3
+    assert len(run(tmp_path, {"many": alike + others}, row, out="many")) == 5
+    assert len(run(tmp_path, {"less": alike + others[:94]}, row, out="less")) == 0  # 5 of 99
 
 
 def test_single_characters(tmp_path):
@@ -292,7 +299,7 @@ def test_verdicts_and_examples(tmp_path):
     report = (tmp_path / "out/report.md").read_text()
     assert "| 1 | 2.0% | 11 | below the limit |" in report
     assert report.count("- fifty row 1, row ") == 5
-    assert "row 1: share 1.00" in report and "row 11: share 0.61" in report
+    assert 0 < report.find("row 1: share 1.00") < report.find("row 11: share 0.61")
     run(tmp_path, {"fifty": prompts}, rows, out="strict", contaminated=0.019)
     assert "| 1 | 2.0% | 11 | contaminated |" in (tmp_path / "strict/report.md").read_text()
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 import tyro
@@ -109,9 +110,9 @@ def test_average(models, run, tmp_path, weights):
 
 
 def test_no_normalize(models, run, tmp_path):
-    run("a", "b", "c", weights=[1, 1, -1], no_normalize=True)
+    run("a", "b", "c", weights=[1, 0.5, -1], no_normalize=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert_same_bits(merged, averaged(models, "abc", [1, 1, -1]))
+    assert_same_bits(merged, averaged(models, "abc", [1, 0.5, -1]))
 
 
 def test_a_model_with_itself_is_itself(models, run, copy, tmp_path):
@@ -402,7 +403,15 @@ def test_a_model_of_the_hub(models, run, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("0" * 40)
     for module in ("transformers.utils.hub.constants", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
+    download, asked_for = huggingface_hub.snapshot_download, []
+
+    def recorded(model, allow_patterns):
+        asked_for.extend(allow_patterns)
+        return download(model, allow_patterns=allow_patterns)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", recorded)
     merged = run("someone/b", "a", weights=[1, 0])
+    assert {"config.json", "tokenizer*.*", "*.jinja"} < set(asked_for) and not any("safetensors" in name for name in asked_for)
     assert_same_bits(merged, tensors(models / "b"))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (models / "b" / "tokenizer.json").read_bytes()
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
