@@ -398,7 +398,8 @@ def test_a_failed_judgement_is_in_no_mean_no_baseline_no_loss(start, endpoint, t
     assert KEY not in "".join(path.read_text() for path in (tmp_path / "run").glob("*.json*"))
 
 
-@pytest.mark.parametrize("script", ["grpo.py", pytest.param("ppo_rlvr.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["grpo.py", "ppo_rlvr.py"])
 def test_failed_judgements_on_two_processes(start, endpoint, tmp_path, script):
     """Each rank asks for its share; what is learned is the same. The second run has every answer from the disk."""
     server = endpoint(judge_that_fails)

@@ -217,6 +217,7 @@ def test_the_schedule_follows_from_the_tokens(by_tokens):
     assert [entry["lr"] for entry in steps] == [sft.learning_rate(args, step, len(steps)) for step in range(len(steps))]
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_batches_of_tokens(by_tokens, tmp_path):
     flags, out = by_tokens
     run("sft.py", 2, out=tmp_path / "run", **flags | {"tokens_per_microbatch": 300})
@@ -405,6 +406,7 @@ def test_a_tied_head_is_exported_once(tmp_path):
     assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])  # it was trained
 
 
+@pytest.mark.slow  # four processes; tests/test_scale.py has a fast one
 def test_two_machines_of_two_processes(gsm8k, reference, tmp_path):
     """--shard hybrid with two nodes (two torchrun agents here): parameters sharded within a node, replicated between."""
     agents = [

@@ -191,6 +191,7 @@ for D in (64, 128, 256):
 """
 
 
+@pytest.mark.slow  # eight seconds
 def test_kernel_compiles_for_hopper():
     """To a binary for sm_90 that uses tensor cores and fits into its shared memory; needs no GPU."""
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PATH": "/usr/bin:/bin"}
