@@ -102,7 +102,7 @@ def type_in(command, home, folder):
         pytest.param("torchrun --nproc_per_node 2 sft.py", "runs/sft", 2, marks=pytest.mark.slow),
         pytest.param("torchrun --nproc_per_node 2 reward_model.py", "runs/reward_model", 1, marks=pytest.mark.slow),
         ("torchrun --nproc_per_node 8 dpo.py --beta 0.1", "runs/dpo", 2),
-        ("torchrun --nproc_per_node 2 grpo.py", "runs/grpo", 4),
+        pytest.param("torchrun --nproc_per_node 2 grpo.py", "runs/grpo", 4, marks=pytest.mark.slow),
         pytest.param("torchrun --nproc_per_node 2 ppo_rlvr.py", "runs/ppo_rlvr", 4, marks=pytest.mark.slow),
     ],
 )
