@@ -1695,13 +1695,13 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     names = []
     report = []
     for number, spec in enumerate(sources):
-        name, amount = _split_amount(spec)
+        name, amount = split_amount(spec)
         raw, row_numbers = _read(name)
         if not len(raw):
             raise DataError(name, None, "the data set is empty")
         # Rows are counted in three ways: in `raw`, the source as it was read; in `encoded`, E rows, which has each one
         # that is needed once, in the order of the source; in the mixture, M rows, which may take one several times.
-        mixture = _choose(len(raw), amount, np.random.default_rng([seed, number]), spec)  # (M,) indices in raw
+        mixture = choose(len(raw), amount, np.random.default_rng([seed, number]), spec)  # (M,) indices in raw
         needed = np.unique(mixture)  # (E,) indices in raw, ascending
         encoded = _encode_cached(raw.select(needed), row_numbers[needed], name, encode)
         lines, is_kept = _account(name, encoded, max_skip_frac)  # (E,)
@@ -1716,7 +1716,8 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     return Rows(table, names, measures["length"], measures["targets"], report, fingerprint)
 
 
-def _split_amount(spec):
+def split_amount(spec):
+    """(SOURCE, AMOUNT or None) of SOURCE[:AMOUNT], as text. Raises DataError."""
     match = re.fullmatch(r"(.+?)(?::(\d+|\d*\.\d+|\d+\.))?", spec, re.DOTALL)
     if not match:
         raise DataError(repr(spec), None, "an empty data source")
@@ -1814,8 +1815,8 @@ def _whose_fault(name, error, wrong="cannot be read"):
     return DataError(name, None, f"{wrong}: {first_line(error)}")
 
 
-def _choose(count, amount, rng, spec):
-    """Row numbers (from 0) that SOURCE:AMOUNT stands for, in file order where every row is taken once."""
+def choose(count, amount, rng, spec):
+    """Row numbers (from 0) that SOURCE:AMOUNT stands for, in file order where each is taken once. Raises DataError."""
     if amount is None:
         total = count
     elif "." in amount:

@@ -40,12 +40,12 @@ import torch
 from sft_vs_trl import environment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels.attention import Options, _varlen  # noqa: E402
+import kernels.memory  # noqa: E402, F401  (registers packed_meta: `packed` as on CUDA)
 from kernels.head import CHUNK  # noqa: E402
 
 
@@ -91,15 +91,6 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 OVERWRITES = {"copy_", "fill_", "zero_"}  # what their first argument held is not read
 # Zeros and a copy; zeros for a random state that is not used; the kernels before and after the main one.
 LAUNCHES = {"slice_backward": 2, "select_backward": 2, "_varlen_attn": 2, "_varlen_attn_backward": 3}
-
-
-def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
-              cu_seq_lens_q=None, max_length_q=None, **kwargs):  # fmt: skip
-    """`packed` as on CUDA."""
-    return _varlen(query, key, value, cu_seq_lens_q, max_length_q, Options(scaling, dropout, sliding_window)), None
-
-
-AttentionInterface.register("counted", attention)
 
 
 @dataclass
@@ -181,7 +172,7 @@ def merge(parts, sizes):
 
 def make_model(config):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed_meta", dtype=torch.bfloat16)
     model.tie_weights()
     return model.train()
 

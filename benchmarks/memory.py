@@ -23,7 +23,6 @@ context, NCCL, and memory that lies in pieces: --limit_gib leaves room for these
 
 import importlib
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -41,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from kernels.memory import count_model, training_bytes  # noqa: E402
 from kernels.sampler import footprint  # noqa: E402
-from rewards.environment import MOST_SLOTS  # noqa: E402
+from rewards.environment import slots_for  # noqa: E402
 
 GIB = 2**30
 SCRIPTS = ("sft", "reward_model", "dpo", "grpo", "ppo_rlvr")
@@ -180,9 +179,8 @@ def need(args, flags):
     result.copy, result.slot = sampler_bytes(args.model, flags.max_length, tp)
     result.gathered = 2 * 2 * max(models[0].outside, models[0].layer)  # bf16; in a buffer, and copied out of it
     room = args.limit_gib * GIB - result.parameters - result.moments - result.copy
-    result.fitting = max(0, int(room // result.slot))
-    there_are = math.ceil((flags.batch_size + flags.inflight) * tp / args.gpus) * flags.group_size
-    result.slots = flags.slots or max(1, min(result.fitting, there_are, MOST_SLOTS))
+    result.fitting, slots = slots_for(flags, args.gpus // tp, room, result.slot)
+    result.slots = max(1, slots)
     return result
 
 

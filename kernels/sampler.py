@@ -488,7 +488,8 @@ class Sampler:
             )
             self.cache.begin(slots, positions, followers=followers)
             with torch.compiler.set_stance("force_eager"):  # every row is of another length
-                self._hidden(ids[None], positions[None], cu_seq_lens_q=starts.int(), max_length_q=max(lengths))
+                packed = {"cu_seq_lens_q": starts.int(), "max_length_q": max(lengths)}
+                _hidden(self.model, self.cache, ids[None], positions[None], **packed)
 
     def _close_gaps(self, free):
         """Moves the last sequences to the first free slots, so that a shorter batch is decoded."""
@@ -550,15 +551,11 @@ class Sampler:
         last = torch.where(self.state[:n, LIVE].bool(), positions, 0)  # of what has ended nothing more is read
         self.cache.begin(rows, positions, reach, last)
         ids = self.ids[rows, positions]
-        hidden = self._hidden(ids[:, None], positions[:, None])[:, 0]  # (n, H)
+        hidden = _hidden(self.model, self.cache, ids[:, None], positions[:, None])[:, 0]  # (n, H)
         logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
         softcap = getattr(self.config, "final_logit_softcapping", None)
         rules = Rules(temperature, softcap, self.eos, self.never, self.group)
         self.advance(logits, self.state, self.ids, self.logprobs, rules)
-
-    def _hidden(self, ids, positions, **kwargs):
-        """Last hidden states; keys and values go to the slots."""
-        return _hidden(self.model, self.cache, ids, positions, **kwargs)
 
     def _cut(self, find_end):
         """Ends each sequence in a slot where `find_end` finds an end, and drops what was sampled behind it."""

@@ -314,14 +314,12 @@ class Rollouts:
         """How many sequences are sampled at a time: --slots, or as many as there are and fit. RunError if none does."""
         args = self.args
         weights, slot = footprint(config, args.max_length, torch.bfloat16, self.tp)
-        fitting = int((USABLE * free - weights) // slot)
-        there_are = math.ceil((args.batch_size + args.inflight) / self.copies) * args.group_size
-        slots = args.slots or min(fitting, there_are, MOST_SLOTS)
+        fitting, slots = slots_for(args, self.copies, USABLE * free - weights, slot)
         parts = f"{_gib(weights)} for weights and {_gib(slot)} for each sequence of {args.max_length} tokens"
         said = f"sampling needs {parts}, {_gib(free)} are free on each GPU beside what training keeps"
         if not 1 <= slots <= fitting:
             raise common.RunError(
-                f"{said}, so that {max(fitting, 0)} sequences fit: lower --slots or --max_length, raise --sample_tp "
+                f"{said}, so that {fitting} sequences fit: lower --slots or --max_length, raise --sample_tp "
                 f"(it is {self.tp}), or take more GPUs"
             )
         if _rank() == 0:
@@ -770,6 +768,13 @@ def _rank():
 
 def _world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def slots_for(args, copies, room, slot):
+    """(how many slots of so many bytes fit, how many there are): --slots, or what a copy's share of a batch needs."""
+    fitting = max(0, int(room // slot))
+    there_are = math.ceil((args.batch_size + args.inflight) / copies) * args.group_size
+    return fitting, args.slots or min(fitting, there_are, MOST_SLOTS)
 
 
 def _own_parameters(modules):

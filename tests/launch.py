@@ -7,6 +7,7 @@ import logging
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,12 @@ def _become(argv, env, stdout, stderr):
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def metrics(out):

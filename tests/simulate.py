@@ -56,9 +56,6 @@ def simulate(script, config, ranks, tokens, **flags):
     results = []
     with pytest.MonkeyPatch.context() as patch, fake_ranks(ranks) as (mesh, mode):
         as_on_cuda(patch, module_of)
-        patch.setattr(common, "read_weights", fake_buffers)
-        patch.setattr(module_of.dcp_state, "set_model_state_dict", lambda *args, **options: None)  # nothing to load
-        patch.setattr(module_of, "on_rank0", lambda function: function())
         for model_class, module_class in MODELS[script]:
             classes = getattr(module_of, model_class), getattr(module_of, module_class)
             module = module_of.load_model(args, config, *classes, torch.device("cpu"), mesh)
@@ -109,7 +106,7 @@ def fake_ranks(ranks):
 
 
 def as_on_cuda(patch, script):
-    """Replaces what differs on CUDA. patch: a pytest.MonkeyPatch. script: the module of a script."""
+    """Replaces what differs on CUDA, and the loading. patch: a pytest.MonkeyPatch. script: the module of a script."""
 
     def varlen(query, key, value, cu_seqlens, options):
         return kernels.attention._varlen(query, key, value, cu_seqlens, query.shape[2], options)
@@ -139,6 +136,9 @@ def as_on_cuda(patch, script):
     for mode in (FSDPMemTracker, FakeTensorMode):
         patch.setattr(mode, "ignore_compile_internals", classmethod(lambda cls: True), raising=False)
 
+    patch.setattr(common, "read_weights", fake_buffers)
+    patch.setattr(script.dcp_state, "set_model_state_dict", lambda *args, **options: None)  # nothing to load
+    patch.setattr(script, "on_rank0", lambda function: function())
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     patch.setattr(script, "MixedPrecisionPolicy", lambda *args, **options: bf16)
 

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from simulate import as_on_cuda, fake_buffers, fake_ranks
+from simulate import as_on_cuda, fake_ranks
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM
 
-import common
 import grpo
 import kernels.sampler
 import kernels.slots
@@ -35,9 +34,6 @@ def simulate_sampling(config, ranks, slots, max_length, sample_tp=1):
     args = grpo.Args()
     with pytest.MonkeyPatch.context() as patch, fake_ranks(ranks) as (mesh, _):
         as_on_cuda(patch, grpo)
-        patch.setattr(common, "read_weights", fake_buffers)
-        patch.setattr(grpo.dcp_state, "set_model_state_dict", lambda *args, **options: None)  # nothing to load
-        patch.setattr(grpo, "on_rank0", lambda function: function())
         patch.setattr(kernels.sampler, "_precision", lambda device: torch.bfloat16)
         patch.setattr(kernels.sampler, "_check_memory", lambda *args: None)
         patch.setattr(kernels.sampler, "_matmul", lambda a, b: torch.empty(len(a), b.shape[1], dtype=torch.float32))

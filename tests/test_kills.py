@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import rl
 from conftest import assistant, user, write_jsonl
-from launch import PORTABLE, ROOT, children, command, metrics, quick
+from launch import PORTABLE, ROOT, children, command, free_port, metrics, quick
 from transformers import AutoConfig
 
 import common
@@ -128,8 +127,12 @@ def reached(phase, out, rng, begun=lambda: True):
 
 def begin(script, processes, out, mark, cache, flags, log):
     """A run in a session of its own, so that a test can kill its process group."""
+    return spawn(command(script, processes, flags | {"out": out}), mark, cache, log)
+
+
+def spawn(words, mark, cache, log):
+    """A command in a session of its own, with a mark in its environment."""
     environment = os.environ | PORTABLE | {"POSTCARD_TEST": mark, "HF_DATASETS_CACHE": str(cache)}
-    words = command(script, processes, flags | {"out": out})
     with open(log, "ab") as file:
         return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
 
@@ -218,18 +221,10 @@ def test_killed_once(runs, tmp_path, script):
 
 def machine(script, port, out, mark, flags, log):
     """One of two machines with two processes each, which find each other by a rendezvous on this one."""
-    environment = os.environ | PORTABLE | {"POSTCARD_TEST": mark, "HF_DATASETS_CACHE": str(out) + "_cache"}
     words = command(script, 2, flags | {"out": out})
     rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=run", "--local_addr=localhost"]
     words[words.index("--standalone") : words.index("--standalone") + 1] = rendezvous
-    with open(log, "ab") as file:
-        return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    return spawn(words, mark, str(out) + "_cache", log)
 
 
 @pytest.mark.slow

@@ -3,26 +3,24 @@
 There is no GPU here: the functions are told how much is free, and count for models that exist on meta only.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from conftest import ROOT
 
 import common
 import grpo
 import rewards.environment
 from rewards.environment import Rollouts
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from memory import MODELS  # noqa: E402
+
 GIB = 2**30
 OWN = 8.03e9 / 8  # parameters of an 8B that one of eight ranks has
-B8 = LlamaConfig(
-    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072,
-)  # fmt: skip
-B32 = Qwen3Config(
-    vocab_size=151_936, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64,
-    num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072,
-)  # fmt: skip
+B8, B32 = MODELS["8B"], MODELS["32B"]
 
 
 def rollouts(world=8, **flags):

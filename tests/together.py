@@ -5,7 +5,6 @@ import gc
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -13,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from launch import call
+from launch import call, free_port
 
 
 def together(world, function, *args, seconds=120, nodes=1, joins=False):
@@ -22,10 +21,8 @@ def together(world, function, *args, seconds=120, nodes=1, joins=False):
     Args:
         nodes: machines that the ranks seem to be on. joins: the function itself joins the ranks, as scripts do.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
         pids = []
         for rank in range(world):
             pid = os.fork()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common import DataError, _choose, _split_amount, read_conversation, read_messages, read_rows
+from common import DataError, choose, read_conversation, read_messages, read_rows, split_amount
 
 COLUMNS = "question problem instruction+input instruction text Body+Question Question turns input"  # the first there is
 ROLES = {"prompt": ["user"], "answer": ["assistant"], "both": ["user", "assistant"]}
@@ -14,11 +14,11 @@ def rows(sources, number, seed):
     Raises:
         DataError: it cannot be read, or has no rows.
     """
-    name, amount = _split_amount(sources[number])
+    name, amount = split_amount(sources[number])
     places = None
     if amount is not None:
         count = sum(1 for _ in read_rows(name))
-        places = set(_choose(count, amount, np.random.default_rng([seed, number]), sources[number]).tolist())
+        places = set(choose(count, amount, np.random.default_rng([seed, number]), sources[number]).tolist())
     place = -1
     for place, row in enumerate(read_rows(name)):
         if places is None or place in places:
