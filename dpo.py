@@ -237,7 +237,7 @@ def main(args):
         indices = common.batch_indices(len(rows), args.batch_size, args.seed, step, total_rows)  # the batch's pairs
 
         # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
-        # adds up the gradients of their losses.
+        # adds up the gradients of their losses. reduce_once: with --shard hybrid, nodes exchange them after the last.
         sums = Sums()
         for places in reduce_once(common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank], policy):
             pairs = indices[places]  # (B,)

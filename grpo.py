@@ -331,7 +331,8 @@ def main(args):
                 annotate(args, samples, "ref_logprobs", policy_logprobs, device)
 
         # Learn: one update for each minibatch in each pass. Each rank takes its share of it, in as many microbatches as
-        # every other rank (FSDP2 needs that), and adds up the gradients of their losses.
+        # every other rank (FSDP2 needs that), and adds up the gradients of their losses. reduce_once: with
+        # --shard hybrid, nodes exchange them after the last.
         share = len(groups) / args.batch_size  # AdamW's step is no smaller for a smaller batch: its learning rate is
         lr = learning_rate(args, step, num_steps) * share
         for group in optimizer.param_groups:

@@ -163,7 +163,7 @@ def main(args):
         num_trained = int(rows.trained[indices].sum())  # Σ_t m_t, of all ranks and microbatches                 (1)
 
         # Each rank takes its share of the batch, in as many microbatches as every other rank (FSDP2 needs that), and
-        # adds up the gradients of their losses.
+        # adds up the gradients of their losses. reduce_once: with --shard hybrid, nodes exchange them after the last.
         sums = Sums()
         for places in reduce_once(common.deal(rows.lengths[indices], args.tokens_per_microbatch, world)[rank], policy):
             microbatch = common.pack(rows.sequences(indices[places]), device)
