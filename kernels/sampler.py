@@ -25,6 +25,9 @@ From the raw logits s (V,) at the position before t, token y_t of a sample is dr
     e_v = -log(1 - u_v)                   u_v in (0, 1) is a hash of (seed, step, index, sample, t, v)           (3)
     y_t = argmin_v e_v / p_v              at temperature 0: argmax_v z_v                                         (4)
 
+With top_p below 1, (4) chooses among the fewest tokens whose p_v, the largest first, reach it (nucleus sampling, arXiv
+1904.09751). That is for evaluation: (2) stays what it is, so training on such samples would need another (2).
+
 The e_v are exponential waiting times, and in (4) the token v comes first with probability p_v (the Gumbel-max trick).
 So a sample depends neither on the number of slots or ranks nor on what else is being sampled, except where the first
 two are as close as the rounding of floats.
@@ -50,7 +53,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from kernels.head import _matmul
+from kernels.head import _matmul, linear_logprobs
 from kernels.joined import join_products
 from kernels.memory import free_bytes
 from kernels.parallel import agree, any_of, connect, divide, divided_modules, own_part
@@ -76,6 +79,7 @@ class SamplingParams:
         n: completions of each prompt.
         max_new_tokens: a completion that has so many tokens, or fills the sampler's max_length, is cut off.
         temperature: divides the logits; 0 takes the likeliest token, with its log-probability at temperature 1.
+        top_p: what the likeliest tokens, among which one is drawn, have to reach together; 1: all are.
         seed: another seed is another noise.
         find_end: ends a completion by more than its last token. Called at each look of the host with what was sampled
             so far, (T,) ids, and how many of these it had been called with before; returns after how many of them the
@@ -84,12 +88,13 @@ class SamplingParams:
         max_staleness: with `enough` of Sampler.sample: a prompt that was begun so many steps ago is waited for.
 
     Raises:
-        ValueError: a temperature below 0, or no tokens to sample.
+        ValueError: a temperature below 0, a top_p outside (0, 1], or no tokens to sample.
     """
 
     n: int = 1
     max_new_tokens: int
     temperature: float = 1.0
+    top_p: float = 1.0
     seed: int = 0
     find_end: Callable | None = None
     on_end: Callable | None = None
@@ -98,6 +103,8 @@ class SamplingParams:
     def __post_init__(self):
         if self.temperature < 0 or self.max_new_tokens < 1:
             raise ValueError("sample needs temperature >= 0 and max_new_tokens >= 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("sample needs 0 < top_p <= 1")
 
 
 @dataclass(eq=False)
@@ -151,7 +158,6 @@ class Sampler:
         self.config = config
         self.slots = slots
         self.max_length = max_length
-        self.eos_ids = set(eos_ids)
         self.group = group
 
         # On meta, where nothing has memory; the first `sync` gives it some.
@@ -168,7 +174,7 @@ class Sampler:
         self.ids = torch.zeros(slots, max_length, dtype=torch.int64, device=self.device)
         self.logprobs = torch.zeros(slots, max_length, device=self.device)
         self.state = torch.zeros(slots, COLUMNS, dtype=torch.int32, device=self.device)
-        self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
+        self.end_at(eos_ids)
         self.forbid([])
 
         # On the host.
@@ -176,7 +182,7 @@ class Sampler:
         self.active = [None] * slots  # the Completion in each slot
         self.newest = None, None  # key in `groups` of the prompt that was prefilled last, and the slot that has it
         self.advance = _advance
-        self.graphs = {}  # (slots decoded, reach, temperature): CUDA graph
+        self.graphs = {}  # (slots decoded, reach, temperature, top_p): CUDA graph
         # All slots are decoded, a quarter, a sixteenth ...: each size is compiled and captured, so there are few.
         self.sizes = [slots]
         while self.sizes[0] >= 64:
@@ -212,6 +218,11 @@ class Sampler:
         policy.model = source
         sampler.sync(policy)
         return sampler
+
+    def end_at(self, ids):
+        """Of ids that end a completion: those of the chat template, where these are not the model's own."""
+        self.eos_ids = set(ids)
+        self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
 
     def forbid(self, ids):
         """Of ids that are never drawn, although the model gives them a probability; and their share stays in (2)."""
@@ -334,7 +345,7 @@ class Sampler:
             if stop is not None and self._any(stop()):
                 break
             self._refill(waiting, params)
-            self._run(params.temperature)
+            self._run(params)
             if params.find_end is not None:
                 self._cut(params.find_end)
             for completion in self._collect(only_done=True):
@@ -354,6 +365,40 @@ class Sampler:
         for key in returned:
             completions += self.groups.pop(key)
         return completions
+
+    @torch.no_grad()
+    def score(self, sequences, temperature=1.0):
+        """Log-probabilities of given tokens by (2), without sampling. Ranks that share a copy call it together.
+
+        Args:
+            sequences: token ids (L,) of each, of at least two tokens.
+
+        Returns:
+            [(L - 1,) float32 for each: of its second token given the first, of its third given both, ...].
+
+        Raises:
+            ValueError: no `sync` yet, or a sequence that is too short, longer than max_length, or has unknown ids.
+        """
+        if not self.synced:
+            raise ValueError("score needs a sync before it")
+        for number, ids in enumerate(sequences):
+            if not 1 < len(ids) <= self.max_length:
+                raise ValueError(f"sequence {number} has {len(ids)} tokens, not 2 to --max_length {self.max_length}")
+            if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+                raise ValueError(f"sequence {number} has ids outside the vocabulary of {self.config.vocab_size}")
+        head = self.model.get_output_embeddings().weight
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        scores = [None] * len(sequences)
+        for first in range(0, len(sequences), self.slots):  # each has a slot of its own
+            numbered = [(slot, np.asarray(ids[:-1])) for slot, ids in enumerate(sequences[first : first + self.slots])]
+            for row in _pack(numbered):
+                targets = np.concatenate([sequences[first + slot][1:] for slot, _ in row])
+                targets = torch.from_numpy(targets.astype(np.int64)).to(self.device)
+                logprobs, _ = linear_logprobs(self._read(row), head, targets, temperature or 1, softcap)
+                ends = np.cumsum([len(ids) for _, ids in row])
+                for (slot, _), part in zip(row, np.split(logprobs.cpu().numpy(), ends[:-1]), strict=True):
+                    scores[first + slot] = part
+        return scores
 
     def state_dict(self):
         """What is kept between calls, as plain tensors and numbers; small, since keys and values are made again.
@@ -477,19 +522,21 @@ class Sampler:
     def _prefill(self, sequences):
         """Stores the keys and values of [(slot, token ids), ...]."""
         for row in _pack(sequences):
-            lengths = [len(ids) for _, ids in row]
-            ids = np.concatenate([ids for _, ids in row])
-            slots = np.repeat([slot for slot, _ in row], lengths)
-            positions = np.concatenate([np.arange(length) for length in lengths])
-            followers = np.repeat(lengths, lengths) - positions - 1
-            starts = np.cumsum([0, *lengths])
-            ids, slots, positions, starts = (
-                torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, starts)
-            )
-            self.cache.begin(slots, positions, followers=followers)
-            with torch.compiler.set_stance("force_eager"):  # every row is of another length
-                packed = {"cu_seq_lens_q": starts.int(), "max_length_q": max(lengths)}
-                _hidden(self.model, self.cache, ids[None], positions[None], **packed)
+            self._read(row)
+
+    def _read(self, row):
+        """Hidden states (T, H) of [(slot, token ids), ...], T tokens in all; their keys and values go to the slots."""
+        lengths = [len(ids) for _, ids in row]
+        ids = np.concatenate([ids for _, ids in row])
+        slots = np.repeat([slot for slot, _ in row], lengths)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        followers = np.repeat(lengths, lengths) - positions - 1
+        starts = np.cumsum([0, *lengths])
+        ids, slots, positions, starts = (torch.from_numpy(x).to(self.device) for x in (ids, slots, positions, starts))
+        self.cache.begin(slots, positions, followers=followers)
+        with torch.compiler.set_stance("force_eager"):  # every row is of another length
+            packed = {"cu_seq_lens_q": starts.int(), "max_length_q": max(lengths)}
+            return _hidden(self.model, self.cache, ids[None], positions[None], **packed)[0]
 
     def _close_gaps(self, free):
         """Moves the last sequences to the first free slots, so that a shorter batch is decoded."""
@@ -521,15 +568,15 @@ class Sampler:
 
     # ----------------------------------------------------------------------------------------------- decoding
 
-    def _run(self, temperature):
+    def _run(self, params):
         """Decodes until the host looks again: one step on CPU, LOOK_EVERY on CUDA, there as replays of a CUDA graph."""
         used = self._used()
         if self.device.type != "cuda":
             reach = int(self.state[used, POSITION].max()) + 1
-            self._decode(used[-1] + 1, reach, temperature)
+            self._decode(used[-1] + 1, reach, params.temperature, params.top_p)
             return
         n = next(size for size in self.sizes if size > used[-1])
-        shape = n, self.max_length, temperature
+        shape = n, self.max_length, params.temperature, params.top_p
         for _ in range(LOOK_EVERY):
             if shape in self.graphs:
                 self.graphs[shape].replay()
@@ -544,7 +591,7 @@ class Sampler:
             self._decode(*shape)
         return graph
 
-    def _decode(self, n, reach, temperature):
+    def _decode(self, n, reach, temperature, top_p=1.0):
         """One token for each of the first n slots, of which none has gone beyond `reach` positions."""
         rows = torch.arange(n, device=self.device)
         positions = self.state[:n, POSITION].long()
@@ -554,7 +601,7 @@ class Sampler:
         hidden = _hidden(self.model, self.cache, ids[:, None], positions[:, None])[:, 0]  # (n, H)
         logits = _matmul(hidden, self.model.get_output_embeddings().weight.T)  # (n, V)
         softcap = getattr(self.config, "final_logit_softcapping", None)
-        rules = Rules(temperature, softcap, self.eos, self.never, self.group)
+        rules = Rules(temperature, softcap, self.eos, self.never, self.group, top_p)
         self.advance(logits, self.state, self.ids, self.logprobs, rules)
 
     def _cut(self, find_end):
@@ -627,6 +674,7 @@ class Rules(NamedTuple):
     eos: torch.Tensor  # (E,) tokens that end a completion
     never: torch.Tensor  # (K,) tokens that are not drawn
     group: dist.ProcessGroup | None = None  # of the ranks that draw together
+    top_p: float = 1.0  # 1: all tokens
 
 
 def _advance(logits, state, ids, logprobs, rules):
@@ -664,12 +712,25 @@ def _draw(logits, keys, positions, rules):
         tokens = choices.argmax(dim=1)
     else:
         p = (choices - logsumexp[:, None]).exp()
+        if rules.top_p < 1:
+            p = _nucleus(p, rules.top_p)
         e = _waiting_times(keys, positions, z.shape[1])
         tokens = (p / e).argmax(dim=1)  # (4)
     if rules.group is not None:
         agree(tokens, rules.group)
     token_z = z.gather(1, tokens[:, None])[:, 0]
     return tokens, token_z - logsumexp  # (2)
+
+
+def _nucleus(p, top_p):
+    """p (n, V) with 0 for all but the fewest tokens, the likeliest first, that reach top_p together.
+
+    Tokens as likely as the last of them stay, too.
+    """
+    largest = p.sort(dim=1, descending=True).values
+    before = largest.cumsum(dim=1) - largest  # what likelier tokens have together
+    last = torch.where(before < top_p, largest, torch.inf).amin(dim=1)
+    return torch.where(p < last[:, None], 0, p)
 
 
 def _waiting_times(keys, positions, V):

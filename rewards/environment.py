@@ -597,15 +597,7 @@ class Rollouts:
         """Hands a completion that has ended to those who judge. `_judge` collects the verdict."""
         if not self._is_mine(completion):
             return
-        tokenizer = self.chat.tokenizer
-        answer = completion.token_ids
-        if completion.ended and answer[-1] in self.sampler.eos_ids:
-            answer = answer[:-1]  # without the end token
-        text = tokenizer.decode(answer, skip_special_tokens=True)
-        judged = text
-        # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
-        if tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>"):
-            judged = "<think>" + text
+        text, judged = texts(completion, self.chat.tokenizer, self.sampler.eos_ids)
         [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
         job = verifier, judged, ground_truth, weights, context
         parts, weights = split_job(*job)
@@ -760,6 +752,20 @@ class Rollouts:
         lists = [None] * _world()
         dist.all_gather_object(lists, items)
         return flatten(lists)
+
+
+def texts(completion, tokenizer, eos_ids):
+    """(text of a Completion without its end token, the text that is judged: of an opened thought from its <think> on).
+
+    eos_ids: ids of end tokens.
+    """
+    answer = completion.token_ids
+    if completion.ended and answer[-1] in eos_ids:
+        answer = answer[:-1]  # without the end token
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    # Where the template opens a thought, the verifier has to know that the completion begins inside of it.
+    is_thinking = tokenizer.decode(completion.prompt_ids[-4:]).rstrip().endswith("<think>")
+    return text, "<think>" + text if is_thinking else text
 
 
 def _rank():

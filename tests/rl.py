@@ -61,11 +61,11 @@ def stop_twice(script, out, flags, decode_calls):
             raise KeyboardInterrupt
         return sync(self, policy)
 
-    def terminated(self, temperature):
+    def terminated(self, params):
         calls.append(1)
         if len(calls) == decode_calls:
             os.kill(os.getpid(), signal.SIGTERM)
-        return decode(self, temperature)
+        return decode(self, params)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Sampler, "sync", breaks)

@@ -714,7 +714,7 @@ def test_a_stop_string_ends_a_completion(start, tmp_path, monkeypatch):
     flags = start | {"stop_strings": ["e", "zz"], "no_eos_score": 0.0, "active_sampling": 0, "log_samples": 99, "steps": 2}
     call(grpo, out=tmp_path / "run", **flags)
     run = Sampler._run
-    monkeypatch.setattr(Sampler, "_run", lambda self, temperature: [run(self, temperature) for _ in range(5)])
+    monkeypatch.setattr(Sampler, "_run", lambda self, params: [run(self, params) for _ in range(5)])
     call(grpo, out=tmp_path / "other", **flags | {"slots": 5})
     np.testing.assert_allclose(trajectory(tmp_path / "other"), trajectory(tmp_path / "run"), rtol=2e-4, atol=1e-7)
     lines = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("run", "other")]

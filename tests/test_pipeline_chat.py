@@ -110,7 +110,7 @@ def test_a_conversation(monkeypatch, capsys, folder, known):
 def test_answers_stream(monkeypatch, folder):
     steps = []
     run = Sampler._run
-    monkeypatch.setattr(Sampler, "_run", lambda self, temperature: (steps.append(1), run(self, temperature))[1])
+    monkeypatch.setattr(Sampler, "_run", lambda self, params: (steps.append(1), run(self, params))[1])
     seen = []
     screen = Terminal()
     screen.flush = lambda: seen.append(len(steps))

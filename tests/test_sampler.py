@@ -661,3 +661,56 @@ def test_sharded_policies_are_copied_whole(tmp_path):
     decode different lengths without collectives; the samples are those of one process."""
     stdout, _ = run("tests/rollouts.py", 2, positional=[tmp_path])
     assert stdout.count("agree") == 2
+
+
+# ---------------------------------------------------------------------------------------------- scores and top-p
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_is_a_plain_forward_pass(family):
+    model = make(tiny_config(family, V, tied=False))
+    sampler = make_sampler(model, slots=3)
+    sequences = make_prompts([5, 2, 40, 17, 9, 33, 2])
+    for temperature in (1.0, 0.7):
+        for ids, scores in zip(sequences, sampler.score(sequences, temperature), strict=True):
+            logits = model(torch.tensor([ids])).logits[0, :-1].double() / temperature
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            assert np.abs(scores - expected.detach().numpy()).max() < 2e-5
+
+
+def test_score_returns_what_sampling_has_returned():
+    sampler = make_sampler(make(tiny_config("gemma2", V, tied=True)), slots=4)
+    completions = sampler.sample(make_prompts([4, 9, 3]), SamplingParams(n=3, max_new_tokens=30, temperature=0.8))
+    before = [c.token_ids for c in completions]
+    scores = sampler.score([np.concatenate([c.prompt_ids, c.token_ids]) for c in completions], 0.8)
+    for c, score in zip(completions, scores, strict=True):
+        assert np.abs(score[len(c.prompt_ids) - 1 :] - c.logprobs).max() < 1e-4
+    again = sampler.sample(make_prompts([4, 9, 3]), SamplingParams(n=3, max_new_tokens=30, temperature=0.8))
+    assert all((a == c.token_ids).all() for a, c in zip(before, again, strict=True))  # scoring leaves nothing behind
+
+
+@pytest.mark.parametrize("sequence", [[5], list(range(3, 100)) * 2, [5, V], [5, -1]])
+def test_score_refuses(sequence):
+    with pytest.raises(ValueError, match="sequence 1 has"):
+        make_sampler(make(tiny_config("llama", V, tied=True))).score([[5, 6], sequence])
+
+
+def test_top_p_draws_from_the_nucleus_alone():
+    logits = torch.tensor([0.5, 0.2, 0.2, 0.06, 0.04]).log().repeat(4000, 1)
+    keys = torch.arange(8000, dtype=torch.int32).view(4000, 2)
+    rules = kernels.sampler.Rules(1.0, None, torch.tensor([0]), torch.tensor([], dtype=torch.int64))
+    for top_p, share in {0.3: [1], 0.5: [1], 0.6: [5 / 9, 2 / 9, 2 / 9], 0.95: [0.5, 0.2, 0.2, 0.06]}.items():
+        p = torch.tensor([*share, 0, 0, 0, 0][:5]) / sum(share)
+        positions = torch.zeros(4000, dtype=torch.int32)
+        tokens, logprobs = kernels.sampler._draw(logits, keys, positions, rules._replace(top_p=top_p))
+        counts = tokens.bincount(minlength=5) / 4000
+        assert (counts[p == 0] == 0).all()
+        assert (counts - p).abs().max() < 4 * 0.5 / 4000**0.5
+        assert (logprobs - logits[0, tokens]).abs().max() < 1e-6  # of the whole distribution
+    whole, _ = kernels.sampler._draw(logits, keys, positions, rules)
+    sampler = make_sampler(make(tiny_config("llama", V, tied=True)))
+    greedy = sampler.sample(make_prompts([4]), SamplingParams(max_new_tokens=20, temperature=0))[0].token_ids
+    nucleus = sampler.sample(make_prompts([4]), SamplingParams(max_new_tokens=20, top_p=1e-6))[0].token_ids
+    assert (greedy == nucleus).all() and set(whole.tolist()) == {0, 1, 2, 3, 4}
+    with pytest.raises(ValueError, match="top_p"):
+        SamplingParams(max_new_tokens=1, top_p=0)

@@ -108,7 +108,7 @@ def sample(config, monkeypatch, sizes=None, compiled=False, group=None):
         sampler._compile()
     if sizes:
         size = lambda: next(n for n in sizes if n > sampler._used()[-1])  # noqa: E731
-        monkeypatch.setattr(sampler, "_run", lambda temperature: sampler._decode(size(), 64, temperature))
+        monkeypatch.setattr(sampler, "_run", lambda params: sampler._decode(size(), 64, params.temperature))
     completions = sampler.sample(prompts, params)
     if compiled:
         sampler.release()
