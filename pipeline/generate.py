@@ -199,8 +199,10 @@ class Scorer(Generator):
         return completion
 
     def row(self, row, group, verdicts):
-        """As Generator.row, with the texts as they were given."""
-        return super().row(row, group, verdicts) | {"completions": [text for text, *_ in given(row)]}
+        """As Generator.row; the texts are as they were given, and the verdicts too, where nobody judges."""
+        names = ["completions"] if self.scorer or any(verdicts) else ["completions", "rewards", "reasons", "answers"]
+        kept = {"completions": [row.get("reference")]} | {name: row[name] for name in names if name in row}
+        return super().row(row, group, verdicts) | kept
 
 
 def given(row):

@@ -2,7 +2,7 @@
 
     generator = Generator(args, model)               args: the flags of Sampling, or of a class made from it
     rows = generator.load(["prompts.jsonl:1000"])    encoded as for grpo.py, ground truths checked
-    generator.write(rows, "samples.jsonl")           samples, judges, writes
+    part = generator.write_part(rows, "samples.jsonl")       samples, judges, writes: to be renamed
 
 Prompts, end tokens, stop strings, verifiers and the sampler are those of grpo.py (rewards/environment.py,
 kernels/sampler.py), so a pass rate here is one that training sees. What is sampled of row i is a function of (seed, i,
@@ -63,16 +63,16 @@ class Generator:
 
     Args:
         args: flags, see Sampling. model: folder or Hub id. scorer: a RewardModel that judges in place of verifiers.
+        sampler: of the same model with the same flags, if another Generator has one.
 
     Raises:
         RunError: the model cannot be opened, sampled from, or has no room.
     """
 
-    def __init__(self, args, model, scorer=None):
+    def __init__(self, args, model, scorer=None, sampler=None):
         self.args = args
         self.model = model
         self.scorer = scorer
-        self.device = own_device()
         config = common.load_config(SimpleNamespace(model=model, max_length=args.max_length))
         self.chat = common.ChatFormat(common.load_tokenizer(model, args.chat_template), args.content_tokens)
         self.jobs = RowJobs(args.rewards, args.verifier)
@@ -81,15 +81,18 @@ class Generator:
         if world() % args.sample_tp:
             raise common.RunError(f"--sample_tp {args.sample_tp} does not divide the {world()} processes")
         self.copies = world() // args.sample_tp
-        self.copy = rank() // args.sample_tp  # this rank's
-        self.is_first = rank() % args.sample_tp == 0  # of the ranks that share it: the one that judges
+        self.copy, place = divmod(rank(), args.sample_tp)
+        self.is_first = place == 0  # of the ranks that share a copy: the one that judges
         self.pool = None  # until a row has somebody to judge it
+        if sampler is not None:
+            self.sampler = sampler
+            return
         try:
             slots = args.slots or self._fitting_slots(config)
             group = dist.new_subgroups(args.sample_tp)[0] if args.sample_tp > 1 else None
             for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):  # the host has one model in memory at a time
                 if turn == int(os.environ.get("LOCAL_RANK", 0)):
-                    self.sampler = Sampler.from_pretrained(model, slots, args.max_length, self.device, group)
+                    self.sampler = Sampler.from_pretrained(model, slots, args.max_length, own_device(), group)
                 gather([])
         except (ValueError, OSError) as error:
             raise common.RunError(f"model {model}: {common.first_line(error)}") from None
@@ -98,23 +101,21 @@ class Generator:
 
     def _fitting_slots(self, config):
         """How many sequences can be sampled at a time, on every rank; ValueError if none."""
-        if self.device.type == "cpu":
+        if own_device().type == "cpu":
             return SLOTS_ON_CPU
         weights, slot = footprint(config, self.args.max_length, torch.bfloat16, self.args.sample_tp)
-        fitting = int((USABLE * min(gather([free_bytes(self.device)])) - weights) // slot)
+        fitting = int((USABLE * min(gather([free_bytes(own_device())])) - weights) // slot)
         if fitting < 1:
             raise ValueError(f"weights of {weights / 2**30:.1f} GiB leave no room for a sequence: raise --sample_tp")
         return min(fitting, MOST_SLOTS)
 
-    def load(self, sources, prepare=None):
-        """common.Rows of sources (SOURCE[:AMOUNT]), with an account of them printed.
+    def load(self, sources, prepare=None, judged=True):
+        """common.Rows of sources (SOURCE[:AMOUNT]), with an account of them printed. DataError as common.load_rows.
 
-        Raises:
-            DataError: as common.load_rows. RunError: a verifier cannot use the ground truth of a row.
+        prepare: as for SampleEncoder. judged: whether verifiers are asked; RunError for a ground truth they cannot use.
         """
-        args = self.args
-        most = args.max_length - args.max_new_tokens
-        encode = SampleEncoder(self.chat, self.sampler.config.vocab_size, most, self.jobs, prepare)
+        args, vocab_size, jobs = self.args, self.sampler.config.vocab_size, self.jobs if judged else None
+        encode = SampleEncoder(self.chat, vocab_size, args.max_length - args.max_new_tokens, jobs, prepare)
         rows = common.load_rows(sources, encode, args.seed, args.max_skip_frac)
         say(common.redact("\n".join(rows.report)))
         jobs = [json.loads(text) for text in rows.table["job"]]
@@ -130,18 +131,13 @@ class Generator:
         for i in sorted(problems)[:1]:
             raise common.RunError(f"{rows.where(list(jobs)[i])}: {problems[i]}")
 
-    def write(self, rows, path):
-        """Writes every row of `rows` with its completions and verdicts to `path`, once all are there.
-
-        All ranks call it together. Killed, the same call goes on.
-        """
-        part = self.write_part(rows, path)
-        on_rank0(lambda: os.replace(part, path))
-
     def write_part(self, rows, path):
-        """Writes them to a hidden file beside `path`, whose name tells all that decides about it, and returns that."""
+        """Writes the rows with their completions and verdicts to a hidden file beside `path`, and returns its Path.
+
+        Its name is a hash of all that decides about it: killed, the same call goes on. All ranks call it together.
+        """
         path = Path(path)
-        part = path.with_name(f".{path.name}.{self._call(rows)}.unfinished")
+        part = path.with_name(f".{path.name}.{self._call(rows)}.unfinished.jsonl")
         size = max(1, ROUNDS * self.sampler.slots // self.args.n) * self.copies  # rows between two writes
         done = on_rank0(lambda: self._cut(part, size, len(rows)))
         bar = tqdm(total=len(rows), initial=done, desc=path.name, unit="row", disable=rank() > 0, delay=10)

@@ -116,6 +116,7 @@ def test_killed_and_repeated_the_same_bytes(start, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["killed.jsonl", "whole.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_kill_9_at_any_moment(start, tmp_path):
     folder, flags = start
     flags = {**flags, "data": f"{folder}/prompts.jsonl:6.0", "model": folder / "model", "slots": 4}
@@ -196,6 +197,7 @@ def test_a_reward_model_scores_as_its_trainer_does(start, tmp_path):
         written(tmp_path / "no.jsonl", reward_model=str(folder / "model"), **flags)
 
 
+@pytest.mark.slow
 def test_several_models_answer_one_after_the_other(start, tmp_path):
     folder, flags = start
     both = written(tmp_path / "both.jsonl", **flags | {"model": [f"{folder}/model", f"{folder}/other"]})

@@ -10,8 +10,8 @@ from common import PromptEncoder
 class SampleEncoder(PromptEncoder):
     """Row → its prompt, what judges answers (null: nobody), and the row as it will be written, a JSON text.
 
-    A last assistant turn of `messages` becomes `reference`. `prepare` is called with the row before all else; it has a
-    `key`, and is picklable.
+    A last assistant turn of `messages` becomes `reference`. jobs: RowJobs, or None: nobody judges. prepare: is called
+    with the row before all else; it has a `key`, and is picklable.
     """
 
     features = {**PromptEncoder.features, "line": datasets.Value("string")}
@@ -21,7 +21,7 @@ class SampleEncoder(PromptEncoder):
         self.jobs = jobs
         self.make_job = self.job_or_none
         self.prepare = prepare
-        self.key = json.dumps([self.key, jobs.key, getattr(prepare, "key", None)])
+        self.key = json.dumps([self.key, getattr(jobs, "key", None), getattr(prepare, "key", None)])
 
     def __call__(self, row):
         """Raises ValueError and Skip."""
@@ -34,6 +34,6 @@ class SampleEncoder(PromptEncoder):
 
     def job_or_none(self, row, messages):
         """As RowJobs; None for a row that names no verifier, where the flags name none either."""
-        if row.get("dataset") is None and not self.jobs.chosen and not self.jobs.defined:
+        if self.jobs is None or (row.get("dataset") is None and not self.jobs.chosen and not self.jobs.defined):
             return None
         return self.jobs(row, messages)
