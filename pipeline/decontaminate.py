@@ -35,7 +35,7 @@ from pipeline.shapes import texts
 
 SEPARATORS = re.compile(r"[\s,.?!:;()\"\\-]+")
 FORM, FEWEST = 0.05, 5  # a form is what more than this share of a benchmark's prompts have in common, and so many
-KEY = 3  # words by which prompts are looked up that are compared whole; shorter ones cannot be found
+KEY = 3  # words by which prompts are looked up that are compared whole
 
 
 @dataclass
@@ -103,9 +103,9 @@ class Index:
                     self.grams.setdefault(gram, []).append((number, position))
                     covered.update(range(position, position + self.ngram))
             if len(covered) <= self.threshold * len(prompt.words):  # n-grams would not even find its copy
-                is_whole = args.rule == "olmo3" and len(prompt.words) >= KEY
+                is_whole = args.rule == "olmo3" and prompt.words
                 self.counts[prompt.test, "compared whole" if is_whole else "too short to be found"] += 1
-                if is_whole:
+                if is_whole:  # with under KEY words this is all of them, and a row's turn has to be just that
                     self.whole.setdefault(tuple(prompt.words[:KEY]), []).append(number)
 
     def search(self, turns):
@@ -116,7 +116,7 @@ class Index:
             for gram in windows(words, self.ngram):
                 for number, position in self.grams.get(gram, ()):
                     covered[number].update(range(position, position + self.ngram))
-            for begin, key in enumerate(windows(words, KEY)):
+            for begin, key in enumerate([*windows(words, KEY)] if len(words) >= KEY else [tuple(words)]):
                 for number in self.whole.get(key, ()):
                     whole = self.prompts[number].words
                     covered[number].update(range(len(whole)) if words[begin : begin + len(whole)] == whole else ())

@@ -177,14 +177,16 @@ def test_single_characters(tmp_path):
 
 
 def test_short_prompts(tmp_path):
-    """Compared whole, as words in a row; under three words they cannot be found."""
-    tests = {"short": ["Compute $\\dbinom{5}{3}$.", "What is the capital of Peru?", "Why me?"]}
-    rows = told("First compute $\\dbinom{5}{3}$ please", "What is the capital of Peru", "what is the capital city of peru", "Why me?")
-    assert run(tmp_path, tests, rows) == {("short", 1, 1): (1, 3), ("short", 2, 2): (1, 6)}
+    """Compared whole, as words in a row; under three words with a whole turn."""
+    tests = {"short": ["Compute $\\dbinom{5}{3}$.", "What is the capital of Peru?", "Why me?", "3+4=", "!?"]}
+    rows = told("First compute $\\dbinom{5}{3}$ please", "What is the capital of Peru", "what is the capital city of peru",
+                "Why me?", "why me now?", "why", "3+4=", "3+4= 7", "")  # fmt: skip
+    hits = {("short", 1, 1): (1, 3), ("short", 2, 2): (1, 6), ("short", 3, 4): (1, 2), ("short", 4, 7): (1, 1)}
+    assert run(tmp_path, tests, rows, max_skip_frac=0.5) == hits
     report = lines(tmp_path / "out/report.md")
-    assert "- 2 prompts are compared whole" in report and "- 1 prompts are too short to be found" in report
-    assert not run(tmp_path, tests, rows, out="tulu", rule="tulu3")
-    assert "- 3 prompts are too short to be found" in lines(tmp_path / "tulu/report.md")
+    assert "- 4 prompts are compared whole" in report and "- 1 prompts are too short to be found" in report
+    assert not run(tmp_path, tests, rows, out="tulu", rule="tulu3", max_skip_frac=0.5)
+    assert "- 5 prompts are too short to be found" in lines(tmp_path / "tulu/report.md")
 
 
 # -------------------------------------------------------------------------------------------------- rows and columns
