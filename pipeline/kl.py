@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 import common
-from pipeline.generate import RANGES, Scorer
+from pipeline.generate import RANGES, RewardModel, Scorer
 from pipeline.generator import Generator, Sampling
 from pipeline.ranks import on_rank0, run
 from pipeline.statistics import estimate
@@ -46,6 +46,7 @@ class Args(Sampling):
     data: list[str]  # prompts: SOURCE[:AMOUNT] ...; about a hundred
     out: str  # new folder
     n: Annotated[int, tyro.conf.arg(aliases=["-n", "--group_size"])] = 1  # completions of each prompt
+    reward_model: str | None = None  # folder or Hub id of a reward model, whose scores are the rewards
     best_of: int = 0  # completions of π_ref of each prompt for the line of the best of n; 0: no line
 
 
@@ -61,16 +62,17 @@ def main(args):
     for name, count in Counter(model[:2] for model in models).items():
         if count > 1:
             raise common.RunError(f"--model: {count} are called {name[0]}")
+    scorer = RewardModel(args.reward_model) if args.reward_model else None
     samples, own = {}, {}  # (name, step): file
     for name, step, path in models:
         key, file = (name, step), f"{name}.step_{step}.jsonl"
-        generator = Generator(args, path)
+        generator = Generator(args, path, scorer)
         samples[key] = generator.write_part(generator.load(args.data), folder / file)
         own[key] = read_with(Scorer(args, path, sampler=generator.sampler), samples[key], folder / f"own.{file}")
         generator.close()
     line = None
     if args.best_of:
-        generator = Generator(replace(args, n=args.best_of), args.ref)
+        generator = Generator(replace(args, n=args.best_of), args.ref, scorer)
         line = generator.write_part(generator.load(args.data), folder / "best_of.jsonl")
         generator.close()
     reference = Scorer(args, args.ref)
@@ -99,12 +101,13 @@ def read_with(scorer, samples, path):
 
 def measure(own, by_ref):
     """{column: number} of one model, from its rows with the log-probabilities of each token, its own and π_ref's."""
-    k1, k3, rewards, tokens, ended = [], [], [], [], []  # of each prompt the mean over its completions
+    k1, k3, ref, rewards, tokens, ended = [], [], [], [], [], []  # of each prompt the mean over its completions
     for row, ref_row in zip(own, by_ref, strict=True):
         pairs = zip(row["logprobs"], ref_row["logprobs"], strict=True)
         d = [np.array(logprobs) - np.array(ref_logprobs) for logprobs, ref_logprobs in pairs]  # (T,) each
         k1.append(np.mean([each.sum() for each in d]))
         k3.append(np.mean([(np.exp(-each) + each - 1).sum() for each in d]))
+        ref.append(np.mean([np.sum(logprobs) for logprobs in ref_row["logprobs"]]))
         tokens.append(np.mean(row["tokens"]))
         ended.append(np.mean(row["ended"]))
         judged = [reward for reward in row["rewards"] if reward is not None]
@@ -113,8 +116,9 @@ def measure(own, by_ref):
     for name, values in {"kl": k1, "k3": k3, **({"reward": rewards} if rewards else {})}.items():
         result = estimate(values)
         numbers |= {name: result["mean"], f"{name}_low": result["low"], f"{name}_high": result["high"]}
-    per_token = {"kl_per_token": float(np.mean(k1) / np.mean(tokens))}
-    return numbers | per_token | {"tokens": float(np.mean(tokens)), "ended": float(np.mean(ended))}
+    per_token = {"kl_per_token": np.mean(k1) / np.mean(tokens), "ref_logprob_per_token": np.mean(ref) / np.mean(tokens)}
+    rest = per_token | {"tokens": np.mean(tokens), "ended": np.mean(ended)}
+    return numbers | {name: float(number) for name, number in rest.items()}
 
 
 def best_of(rows):
