@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 # What ruff looks at: not a forker's own scripts beside ours.
-OURS := common.py sft.py reward_model.py dpo.py grpo.py ppo_rlvr.py kernels rewards pipeline forks tests demo benchmarks
+OURS := common.py sft.py reward_model.py dpo.py grpo.py ppo_rlvr.py kernels rewards pipeline forks tests demo benchmarks studies
 
 .PHONY: demo test test-slow test-cuda
 

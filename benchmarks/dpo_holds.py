@@ -20,15 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import run as demo  # noqa: E402  (sets the number of threads, so it is first)
-import torch  # noqa: E402
 from sft_vs_trl import environment  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-import evaluate  # noqa: E402
-import pairs  # noqa: E402
 import plot  # noqa: E402
 import prepare  # noqa: E402
-import task  # noqa: E402
 
 SETTINGS = {  # α is --nll_coef
     "lr 3e-4": {"lr": 3e-4, "nll_coef": 0.0},
@@ -46,8 +41,9 @@ def prepare_seed(out, seed):
     """The fine-tuned model of a demo seed and its pairs, as `make demo` makes them."""
     if not Path(out, "held_out_pairs.jsonl").exists():
         prepare.prepare(out, seed)
+        demo.clean(out)
         demo.sft(out, seed)
-        pairs.write_pairs(f"{out}/sft/model", out, seed=seed)
+        demo.pairs(out, seed)
 
 
 def measure(out, setting, order):
@@ -57,11 +53,13 @@ def measure(out, setting, order):
     path = run / "measured.json"
     if path.exists():
         return json.loads(path.read_text())
-    demo.dpo(out, order, name=run.name, eval_data=f"{out}/held_out_pairs.jsonl", eval_every=10**6, **flags)
+    flags = flags | {"eval_data": f"{out}/held_out_pairs.jsonl", "eval_every": 10**6, "save_every": 0}
+    demo.dpo(out, order, name=run.name, **flags)
     rows = [row for row in plot.read(run) if row["step"]]
-    accuracy = evaluate.evaluate(f"{run}/model")
-    result = {name: accuracy[name]["accuracy"] for name in ("sampled", "greedy")}
-    result["kl"] = kl(f"{run}/model", f"{out}/sft/model")
+    accuracy = demo.evaluate(f"{run}/model", out)
+    result = {name: accuracy[name]["mean"] for name in ("sampled", "greedy")}
+    [moved] = demo.kl(out, [f"{run}/model"], f"{run}/kl")
+    result["kl"] = float(moved["kl"])
     result["clipped"] = statistics.mean(row["grad_norm"] > 1 for row in rows)
     result["grad_norm"] = statistics.median(row["grad_norm"] for row in rows)
     for name in ("chosen_logprob", "rejected_logprob", "accuracy", "margin"):
@@ -70,31 +68,6 @@ def measure(out, setting, order):
     result["curve"] = [round(row["chosen_logprob"], 3) for row in rows]
     path.write_text(json.dumps(result))
     return result
-
-
-@torch.no_grad()
-def kl(policy, reference, count=1000):
-    """KL(π || π_ref) in nats an answer, on held-out problems: the mean of log π - log π_ref of one sample each."""
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, reference)]
-    chats = [[{"role": "user", "content": problem}] for problem in task.problems()[1][:count]]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    prompt, mask = inputs["input_ids"], inputs["attention_mask"]
-    torch.manual_seed(1)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 32}
-    ids = models[0].generate(input_ids=prompt, attention_mask=mask, **sampling, pad_token_id=tokenizer.pad_token_id)
-    answer = ids[:, prompt.shape[1] :]  # (P, N)
-    ended = (answer == tokenizer.eos_token_id).cumsum(1)
-    in_answer = (ended == 0) | ((ended == 1) & (answer == tokenizer.eos_token_id))  # up to the end token and with it
-    mask = torch.cat([mask, in_answer.long()], 1)
-    sums = []
-    for model in models:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, prompt.shape[1] - 1 : -1]
-        logprobs = logits.double().log_softmax(-1).gather(-1, answer[..., None])[..., 0]  # (P, N)
-        sums.append((logprobs * in_answer).sum(1))
-    return (sums[0] - sums[1]).mean().item()
 
 
 def draw(results, path, before, after):

@@ -21,8 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import run as demo  # noqa: E402  (sets the number of threads, so it is first)
 
-import evaluate  # noqa: E402
-import pairs  # noqa: E402
 import plot  # noqa: E402
 import prepare  # noqa: E402
 
@@ -44,19 +42,21 @@ def train(out, seed):
     """The stages that PPO needs, and PPO with each kind of value model."""
     if not Path(out, "rm", "model").exists():
         prepare.prepare(out, seed)
+        demo.clean(out)
         demo.sft(out, seed)
-        pairs.write_pairs(f"{out}/sft/model", out, seed=seed)
+        demo.pairs(out, seed)
         demo.reward_model(out, seed)
     for kind, flags in KINDS.items():
         flags = {name: value.format(out=out) if isinstance(value, str) else value for name, value in flags.items()}
-        demo.ppo(out, seed, name=folder(kind), **flags)
+        if not Path(out, folder(kind), "model").exists():
+            demo.ppo(out, seed, name=folder(kind), **flags)
 
 
 def collect(out, kind):
     """Curves and accuracy of a run."""
     run = Path(out, folder(kind))
     rows = plot.read(run)
-    accuracy = evaluate.evaluate(f"{run}/model")
+    accuracy = demo.evaluate(f"{run}/model", out)
     result = {name: [round(row[name], 4) for row in rows if row["step"]] for name in CURVES}
     result["eval_reward"] = [(row["step"], round(row["eval_reward"], 4)) for row in rows if "eval_reward" in row]
     return result | {name: accuracy[name] for name in ("sampled", "greedy")}
@@ -98,7 +98,7 @@ def main(out, seeds):
         for seed, result in by_seed.items():
             still, last = (sum(result["explained_variance_mc"][part]) for part in (slice(16, 24), slice(-8, None)))
             print(f"{kind}, seed {seed}: explained {still / 8:.3f} in steps 17 to 24, {last / 8:.3f} in the last 8")
-            print(f"    sampled {evaluate.interval(result['sampled'])}, greedy {evaluate.interval(result['greedy'])}")
+            print(f"    sampled {demo.interval(result['sampled'])}, greedy {demo.interval(result['greedy'])}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     runs/demo/base              model and tokenizer, opens with from_pretrained (0.17M parameters, knows nothing)
     runs/demo/train.jsonl       demonstrations, three in five with a slip (see task.py)
     runs/demo/held_out.jsonl    the same for problems that train.jsonl does not contain
-    runs/demo/prompts.jsonl     the problems alone, with their sums, and held_out_prompts.jsonl
+    runs/demo/prompts.jsonl     the problems alone, with their sums, and some held-out ones; and held_out_prompts.jsonl
 """
 
 import argparse
@@ -20,6 +20,7 @@ import task
 
 logging.disable_progress_bar()  # one file of weights is written at once
 
+LEAKED = 40  # held-out problems among the prompts, for pipeline.decontaminate to find
 CONTROL = ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 CHARACTERS = [*map(chr, range(32, 127)), "\n"]  # printable ASCII
 
@@ -66,7 +67,10 @@ def make_model(tokenizer, seed):
 
 
 def prepare(out, seed=1, count=6400):
-    """Writes base/, train.jsonl (`count` rows), held_out.jsonl and their problems' prompts under `out`."""
+    """Writes base/, train.jsonl (`count` rows), held_out.jsonl and their problems' prompts under `out`.
+
+    Among the prompts to train on are LEAKED held-out ones, as happens.
+    """
     Path(out).mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
@@ -75,7 +79,7 @@ def prepare(out, seed=1, count=6400):
     train, held_out = task.problems()
     task.write_demonstrations(f"{out}/train.jsonl", train, count, seed)
     task.write_demonstrations(f"{out}/held_out.jsonl", held_out, 500, seed)
-    task.write_prompts(f"{out}/prompts.jsonl", train)
+    task.write_prompts(f"{out}/prompts.jsonl", train + held_out[:LEAKED])
     task.write_prompts(f"{out}/held_out_prompts.jsonl", held_out)
     return model.num_parameters()
 

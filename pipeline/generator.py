@@ -26,10 +26,9 @@ from tqdm import tqdm
 import common
 from kernels.memory import free_bytes
 from kernels.sampler import Sampler, SamplingParams, footprint
-from pipeline.ranks import gather, on_rank0, own_device, rank, say, world
+from pipeline.ranks import gather, judges, on_rank0, own_device, rank, say, world
 from pipeline.shapes.encoder import SampleEncoder
 from rewards.environment import MOST_SLOTS, SLOTS_ON_CPU, USABLE, RowJobs, StopStrings, texts
-from rewards.pool import Pool
 
 ROUNDS = 8  # sequences of a slot between two writes; more lose less time at their ends, and more when killed
 
@@ -117,11 +116,12 @@ class Generator:
         args, vocab_size, jobs = self.args, self.sampler.config.vocab_size, self.jobs if judged else None
         encode = SampleEncoder(self.chat, vocab_size, args.max_length - args.max_new_tokens, jobs, prepare)
         rows = common.load_rows(sources, encode, args.seed, args.max_skip_frac)
-        say(common.redact("\n".join(rows.report)))
+        if judged or len(rows.report) > len(sources):  # what is only read again is known
+            say(common.redact("\n".join(rows.report)))
         jobs = [json.loads(text) for text in rows.table["job"]]
         asked = [i for i, job in enumerate(jobs) if job is not None]
-        if self.is_first and asked and self.pool is None:
-            self.pool = Pool(args.verifier_workers, args.sandbox)
+        if self.is_first and asked:
+            self.pool = judges(args.verifier_workers, args.sandbox)
         on_rank0(lambda: self._check(rows, {i: jobs[i] for i in asked}))
         return rows
 
@@ -241,7 +241,5 @@ class Generator:
         }
 
     def close(self):
-        """Ends the processes that judge, and gives the model's memory back."""
-        if self.pool:
-            self.pool.close()
+        """Gives the model's memory back."""
         self.sampler.release()

@@ -1,6 +1,7 @@
 """The processes that torchrun has started, for programs that only read models; one process is a world of one."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import tyro
 from tqdm import tqdm
 
 import common
+from rewards.pool import Pool
+from rewards.verifiers import VERIFIERS
 
 
 def run(main, args_class, doc):
@@ -88,7 +91,19 @@ def on_rank0(function):
     return box[0]
 
 
+def judges(workers, sandbox):
+    """The processes that judge, one rewards.pool.Pool for all models: starting them takes a second."""
+    modules = {verifier.judge.__module__ for verifier in VERIFIERS.values()}
+    return _judges(workers, sandbox, tuple(sorted(modules)), os.getpid())
+
+
+@functools.cache
+def _judges(workers, sandbox, modules, process):  # a fork may not use its parent's
+    return Pool(workers, sandbox)
+
+
+@functools.cache
 def say(text):
-    """Prints it on rank 0, above a progress bar."""
-    if rank() == 0 and text:
+    """Prints it on rank 0, above a progress bar; the same text once."""
+    if rank() == 0:
         tqdm.write(text)
