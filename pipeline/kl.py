@@ -30,10 +30,10 @@ import numpy as np
 import tyro
 
 import common
+from pipeline.estimates import estimate
 from pipeline.generate import RANGES, RewardModel, Scorer
 from pipeline.generator import Generator, Sampling
 from pipeline.ranks import on_rank0, run
-from pipeline.statistics import estimate
 
 matplotlib.use("Agg")  # writes files, needs no screen
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,6 +1,7 @@
 """What the pages promise: their commands parse, and what docs/grpo.md says of the gradient of k3 is so."""
 
 import importlib
+import itertools
 import re
 import shlex
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT / "forks"))
 import make  # noqa: E402
 
 SCRIPTS = ("sft", "reward_model", "dpo", "grpo", "ppo_rlvr")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(page):
@@ -37,25 +38,35 @@ def fork(words):
     return module
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def parse(page, words, module, name):
+    """Fails unless a module's flags are those behind its name; "…" stands for more."""
+    flags = list(itertools.takewhile(lambda word: word not in "<>", words[words.index(name) + 1 :]))
+    kind = module.Args if hasattr(module, "Args") else module.Sft | module.Pairs | module.Prompts
+    try:
+        if "…" not in flags:
+            tyro.cli(kind, args=flags, use_underscores=True)
+    except SystemExit:
+        pytest.fail(f"{page.name}: {shlex.join(words)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}_{page.stem}")
 def test_commands_parse(page):
     modules = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS}
     for words in commands(page):
         script = next((word for word in words if word.endswith(".py")), None)
+        if part := next((word for word in words if word.startswith("pipeline.")), None):
+            parse(page, words, importlib.import_module(part), part)
+            continue
         if script == "forks/make.py" and ">" in words:
             modules[words[-1]] = fork(words)
         elif script in modules and "--help" not in words:
-            flags = words[words.index(script) + 1 :]
-            try:
-                tyro.cli(modules[script].Args, args=flags, use_underscores=True)
-            except SystemExit:
-                pytest.fail(f"{page.name}: {shlex.join(words)}")
+            parse(page, words, modules[script], script)
         else:
             assert script is None or "/" in script or "--help" in words, f"{page.name}: no {script}"
 
 
 def test_commands_are_found():
-    found = {page.stem: len(list(commands(page))) for page in PAGES}
+    found = {page.stem: len(list(commands(page))) for page in PAGES if page.parent.name != "recipes"}
     assert all(found[name] for name in (*SCRIPTS, "README")), found
 
 
