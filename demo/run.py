@@ -38,7 +38,7 @@ import prepare  # noqa: E402
 import show_tokens  # noqa: E402
 import task  # noqa: E402
 from common import RunError  # noqa: E402
-from pipeline.statistics import wilson  # noqa: E402
+from pipeline.estimates import wilson  # noqa: E402
 
 LENGTHS = {"max_length": 64, "max_new_tokens": 32}
 FOLDERS = ("base", "clean", "sft", "rm", "dpo", "grpo", "ppo", "eval", "kl")  # that a demo makes, beside files
