@@ -9,6 +9,7 @@ kernels/sampler.py), so a pass rate here is one that training sees. What is samp
 number of the sample): neither the number of ranks nor that of slots decides about it.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -136,21 +137,21 @@ class Generator:
 
         Its name is a hash of all that decides about it: killed, the same call goes on. All ranks call it together.
         """
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{self._call(rows)}.unfinished.jsonl")
+        part = Path(path).with_name(f".{Path(path).name}.{self._call(rows)}.unfinished.jsonl")
         size = max(1, ROUNDS * self.sampler.slots // self.args.n) * self.copies  # rows between two writes
-        done = on_rank0(lambda: self._cut(part, size, len(rows)))
-        bar = tqdm(total=len(rows), initial=done, desc=path.name, unit="row", disable=rank() > 0, delay=10)
+        done = on_rank0(lambda: self._open(part, size, len(rows)))
+        bar = tqdm(total=len(rows), initial=done, desc=Path(path).name, unit="row", disable=rank() > 0, delay=10)
         for first in range(done, len(rows), size):
             numbers = range(first, min(first + size, len(rows)))
             lines = sorted(gather(self.answer(rows, numbers)))
             if rank() == 0:
-                with open(part, "a", encoding="utf-8") as file:
-                    file.writelines(line + "\n" for _, line in lines)
-                    file.flush()
-                    os.fsync(file.fileno())
+                self.file.writelines(line.encode() + b"\n" for _, line in lines)
+                self.file.flush()
+                os.fsync(self.file.fileno())
             bar.update(len(numbers))
         bar.close()
+        if rank() == 0:
+            self.file.close()
         return part
 
     def _call(self, rows):
@@ -158,20 +159,25 @@ class Generator:
         settings = {name: value for name, value in asdict(self.args).items() if name not in RUNTIME}
         files = [os.stat(file) for file in common.weight_files(self.model)]
         versions = [(file.st_size, file.st_mtime_ns) for file in files]
-        lines = hashlib.sha256("\n".join(rows.table["line"]).encode()).hexdigest()
-        call = [settings, str(self.model), versions, self.chat.key, rows.fingerprint, lines, str(self.scorer)]
+        call = [settings, str(self.model), versions, self.chat.key, rows.fingerprint, str(self.scorer)]
         return hashlib.sha256(json.dumps(call, default=str).encode()).hexdigest()[:8]
 
-    @staticmethod
-    def _cut(part, size, total):
-        """How many rows of an unfinished file stay: whole writes, so that the rest is computed as without a kill."""
-        if not part.exists():
-            part.parent.mkdir(parents=True, exist_ok=True)
-            return 0
-        lines = part.read_bytes().splitlines(keepends=True)
+    def _open(self, part, size, total):
+        """Opens an unfinished file, and returns how many of its rows stay; the first process that does so owns it.
+
+        Whole writes stay, so that the rest is computed as without a kill. RunError if another process writes it.
+        """
+        part.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(part, "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise common.RunError(f"another process is writing {part}") from None
+        self.file.seek(0)
+        lines = self.file.readlines()
         whole = sum(line.endswith(b"\n") for line in lines)
         whole = whole if whole == total else whole // size * size
-        os.truncate(part, sum(map(len, lines[:whole])))
+        self.file.truncate(sum(map(len, lines[:whole])))
         return whole
 
     def answer(self, rows, numbers):
@@ -210,10 +216,9 @@ class Generator:
 
     def params(self, **more):
         """The SamplingParams of the flags."""
-        args = self.args
-        ends = StopStrings(self.chat.tokenizer, args.stop_strings) if args.stop_strings else None
+        ends = StopStrings(self.chat.tokenizer, self.args.stop_strings) if self.args.stop_strings else None
         names = ("n", "max_new_tokens", "temperature", "top_p", "seed")
-        return SamplingParams(**{name: getattr(args, name) for name in names}, find_end=ends, **more)
+        return SamplingParams(**{name: getattr(self.args, name) for name in names}, find_end=ends, **more)
 
     def row(self, row, group, verdicts):
         """The row with its completions, and what was found of each."""

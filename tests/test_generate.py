@@ -278,3 +278,15 @@ def test_a_real_model(tmp_path):
     [scored] = written(tmp_path / "b.jsonl", data=[str(tmp_path / "a.jsonl")], score_only=True, **flags)
     for one, two in zip(row["logprobs"], scored["logprobs"], strict=True):
         assert np.abs(np.array(one) - two).max() < 1e-3
+
+
+def test_two_calls_do_not_write_one_file(start, tmp_path):
+    _, flags = start
+    flags = flags | {"data": [str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?"}]))]}
+    first, second = (Generator(generate.Args(out="x", **flags), flags["model"][0]) for _ in range(2))
+    part = first.write_part(first.load(flags["data"]), tmp_path / "out.jsonl")
+    first._open(part, 1, 1)
+    with pytest.raises(common.RunError, match=f"another process is writing {part}"):
+        second.write_part(second.load(flags["data"]), tmp_path / "out.jsonl")
+    first.file.close()
+    assert second.write_part(second.load(flags["data"]), tmp_path / "out.jsonl") == part
