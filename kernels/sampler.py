@@ -158,6 +158,7 @@ class Sampler:
         self.config = config
         self.slots = slots
         self.max_length = max_length
+        self.eos_ids = set(eos_ids)
         self.group = group
 
         # On meta, where nothing has memory; the first `sync` gives it some.
@@ -174,7 +175,7 @@ class Sampler:
         self.ids = torch.zeros(slots, max_length, dtype=torch.int64, device=self.device)
         self.logprobs = torch.zeros(slots, max_length, device=self.device)
         self.state = torch.zeros(slots, COLUMNS, dtype=torch.int32, device=self.device)
-        self.end_at(eos_ids)
+        self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
         self.forbid([])
 
         # On the host.
@@ -218,11 +219,6 @@ class Sampler:
         policy.model = source
         sampler.sync(policy)
         return sampler
-
-    def end_at(self, ids):
-        """Of ids that end a completion: those of the chat template, where these are not the model's own."""
-        self.eos_ids = set(ids)
-        self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
 
     def forbid(self, ids):
         """Of ids that are never drawn, although the model gives them a probability; and their share stays in (2)."""
@@ -377,7 +373,8 @@ class Sampler:
             [(L - 1,) float32 for each: of its second token given the first, of its third given both, ...].
 
         Raises:
-            ValueError: no `sync` yet, or a sequence that is too short, longer than max_length, or has unknown ids.
+            ValueError: no `sync` yet, a sequence that is too short, longer than max_length, or has unknown ids, or
+                logits that are not finite.
         """
         if not self.synced:
             raise ValueError("score needs a sync before it")
@@ -395,6 +392,8 @@ class Sampler:
                 targets = np.concatenate([sequences[first + slot][1:] for slot, _ in row])
                 targets = torch.from_numpy(targets.astype(np.int64)).to(self.device)
                 logprobs, _ = linear_logprobs(self._read(row), head, targets, temperature or 1, softcap)
+                if not logprobs.isfinite().all():
+                    raise ValueError("the model's logits are not finite")
                 ends = np.cumsum([len(ids) for _, ids in row])
                 for (slot, _), part in zip(row, np.split(logprobs.cpu().numpy(), ends[:-1]), strict=True):
                     scores[first + slot] = part

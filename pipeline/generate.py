@@ -6,10 +6,11 @@
     python -m pipeline.generate --model M --score_only --data samples.jsonl --out scored.jsonl     given answers
     python -m pipeline.generate --model M --from_header 1000 --out invented.jsonl    prompts that the model makes up
 
-A row is what grpo.py reads. Written is the row, without a last answer (that is in `reference` then), and of each of its
-n completions: `completions` (texts), `rewards` (null: not judged), `reasons`, `answers` (what the verifier has read),
-`ended`, `tokens`, `token_ids`, `logprobs` (at --temperature); and `model`, `temperature`, `top_p`, `seed`. Verifiers
-judge, or with --reward_model a model's score is the reward. A row without a verifier is sampled and not judged.
+A row is what grpo.py reads. Written is the row, its prompt as `messages` and a last answer as `reference`, and of each
+of its n completions: `completions` (texts), `rewards` (null: not judged), `reasons`, `answers` (what the verifier has
+read), `ended`, `tokens`, `token_ids`, `logprobs` (at --temperature); and `model`, `temperature`, `top_p`, `seed`.
+Verifiers judge, or with --reward_model a model's score is the reward. A row without a verifier is sampled and not
+judged. With --score_only, `scored_by` is the model whose `logprobs` these are.
 
 Killed, the same command goes on. What is sampled does not depend on the number of processes, nor on --slots.
 """
@@ -20,23 +21,19 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
 
 import common
-import kernels.attention  # noqa: F401  (registers the attention function of RewardModel)
 from kernels.sampler import Completion
 from pipeline.generator import Generator, Sampling
-from pipeline.ranks import on_rank0, own_device, run, say
+from pipeline.models import RewardModel
+from pipeline.ranks import on_rank0, run, say
 from rewards.environment import StopStrings, texts
 
 RANGES = {"n": (1, 1e6), "max_new_tokens": (1, 1e9), "temperature": (0, 100), "top_p": (1e-6, 1), "slots": (1, 1e6),
           "sample_tp": (1, 1e6), "verifier_workers": (1, 1e6), "from_header": (1, 1e9)}  # fmt: skip
-TOKENS = 8192  # that a reward model reads at a time
 
 
 @dataclass(kw_only=True)
@@ -65,7 +62,7 @@ def main(args):
     if args.from_header:
         args = replace(args, n=1)
     kind = Scorer if args.score_only else Inventor if args.from_header else Generator
-    scorer = RewardModel(args.reward_model) if args.reward_model else None
+    scorer = RewardModel(args.reward_model, args.content_tokens) if args.reward_model else None
     parts = []
     for model in args.model:
         generator = kind(args, model, scorer)
@@ -106,113 +103,75 @@ def account(path):
     return f"{path}: {len(tokens)} completions, {mean}{lengths} ({found})"
 
 
-class RewardModel:
-    """Scores conversations, in its own chat template, by a model that reward_model.py has trained.
-
-    Raises RunError if it cannot be opened or is no reward model.
-    """
-
-    def __init__(self, folder):
-        self.folder = folder
-        config = common.load_config(SimpleNamespace(model=folder, max_length=1))
-        if "ForSequenceClassification" not in str(config.architectures):
-            raise common.RunError(f"--reward_model {folder} is no reward model: reward_model.py trains one")
-        config.num_labels = 1
-        dtype = torch.bfloat16 if own_device().type == "cuda" else torch.float32
-        self.longest = getattr(config, "max_position_embeddings", None) or 10**9
-        self.chat = common.ChatFormat(common.load_tokenizer(folder))
-        weights = common.read_weights(folder, config, AutoModelForSequenceClassification)
-        with torch.device("meta"):
-            make = AutoModelForSequenceClassification.from_config
-            self.model = make(config, attn_implementation="packed", dtype=dtype).eval()
-        self.model.to_empty(device=own_device())
-        self.model.tie_weights()
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(weights[name])
-
-    def __str__(self):
-        return str(self.folder)
-
-    @torch.no_grad()
-    def scores(self, row, answers):
-        """A float for each answer (a text) to the row's prompt; None where both are longer than the model's positions.
-
-        An answer that was cut off is scored as if it had ended.
-        """
-        prompt = common.read_conversation(row, needs_answer=False)
-        sequences = []
-        for answer in answers:
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-            ids, _ = self.chat.encode(messages, common.parse_tools(row), options=common.read_options(row))
-            sequences.append((np.array(ids), np.zeros(len(ids), dtype=bool)))
-        scores = [None] * len(answers)
-        fitting = [i for i, (ids, _) in enumerate(sequences) if len(ids) <= self.longest]
-        [parts] = common.deal([len(sequences[i][0]) for i in fitting], TOKENS)
-        for part in ([fitting[place] for place in places] for places in parts):
-            microbatch = common.pack([sequences[i] for i in part], own_device())
-            hidden = self.model.base_model(**microbatch.model_inputs()).last_hidden_state[0]  # (T, H)
-            last = hidden[microbatch.cu_seqlens[1:].long() - 1].float()  # (S, H), as in reward_model.py
-            for i, score in zip(part, (last @ self.model.score.weight[0].float()).tolist(), strict=True):
-                scores[i] = score
-        return scores
-
-
 class Scorer(Generator):
     """Reads given answers instead of sampling: their log-probabilities under the model, and verdicts."""
 
+    reads_answers = True
+
     def complete(self, rows, mine, on_end):
-        """As Generator.complete. RunError for a row without an answer, or with one that cannot be scored."""
+        """As Generator.complete. DataError for a row without an answer, or with one that cannot be scored."""
         groups = []
-        for i, line in zip(mine, rows.table.select(mine)["line"], strict=True):
-            row, where = json.loads(line), rows.where(i)
+        for i, line, (ids, _) in zip(mine, rows.table.select(mine)["line"], rows.sequences(mine), strict=True):
+            row = json.loads(line)
             try:
-                groups.append([self.read(i, k, row, answer) for k, answer in enumerate(given(row))])
-            except (ValueError, TypeError) as error:
-                raise common.DataError(*where.rsplit(", row ", 1), f"--score_only: {error}") from None
-        whole = [np.concatenate([c.prompt_ids, c.token_ids]) for group in groups for c in group]
+                answers = given(row)
+                groups.append([self.read(row, np.array(ids), *answer) for answer in answers])
+            except (ValueError, TypeError, OverflowError) as error:
+                raise common.DataError(*rows.where(i).rsplit(", row ", 1), f"--score_only: {error}") from None
+            for k, completion in enumerate(groups[-1]):
+                completion.index, completion.sample = i, k
+        completions = [completion for group in groups for completion in group]
+        whole = [np.concatenate([c.prompt_ids, c.token_ids]) for c in completions]
         try:
-            scores = iter(self.sampler.score(whole, self.args.temperature))
+            scores = self.sampler.score([ids for ids in whole if len(ids) > 1], self.args.temperature)
         except ValueError as error:
-            raise common.RunError(f"--score_only: {error}") from None
-        for completion in (c for group in groups for c in group):
-            completion.logprobs = next(scores)[len(completion.prompt_ids) - 1 :]
+            raise common.RunError(f"model {self.model}: {error}") from None
+        scores = iter(scores)
+        for ids, completion in zip(whole, completions, strict=True):
+            if len(ids) > 1:
+                completion.logprobs = next(scores)[len(completion.prompt_ids) - 1 :]
             on_end(completion)
         return groups
 
-    def read(self, i, k, row, answer):
-        """The Completion of answer number k of row i. Its tokens are as given, if they are of this tokenizer."""
-        text, token_ids, ended = answer
-        messages = common.read_conversation({**row, "completion": None}, needs_answer=False)
-        tools, options = common.parse_tools(row), common.read_options(row)
-        prompt = np.array(self.chat.prompt(messages, tools, options))
+    def read(self, row, prompt, answer, token_ids, ended):
+        """The Completion of an answer (a message) to a prompt (P,). Its tokens are as given, if this model has them."""
         ids = np.array(token_ids or [], dtype=np.int64)
-        is_own = len(ids) and 0 <= ids.min() and ids.max() < self.sampler.config.vocab_size
-        completion = Completion(0, i, k, prompt, ids, np.zeros(len(ids)), bool(ended), True)
-        if not is_own or texts(completion, self.chat.tokenizer, self.sampler.eos_ids)[0] != text:
-            answer = {"role": "assistant", "content": text}
-            whole, trained = self.chat.encode([*messages, answer], tools, last_turn_only=True, options=options)
-            first, *_, last = np.flatnonzero(trained)
-            last -= not ended  # without the end token, which was not sampled
-            completion.prompt_ids, completion.token_ids = np.array(whole[:first]), np.array(whole[first : last + 1])
+        completion = Completion(0, 0, 0, prompt, ids, np.zeros(len(ids)), ended, True)
+        is_own = len(ids) > 0 and ids.min() >= 0 and ids.max() < self.sampler.config.vocab_size
+        if is_own:
+            text, _ = texts(completion, self.chat.tokenizer, self.sampler)
+            is_own = text == answer["content"]
+        if not is_own and (ended or answer["content"]):
+            tools, options = common.parse_tools(row), common.read_options(row)
+            whole, trained = self.chat.encode([*row["messages"], answer], tools, True, options)
+            spots = np.flatnonzero(trained)
+            end = spots[-1] + bool(ended)  # or without the end token, which was not sampled
+            completion.prompt_ids, completion.token_ids = np.array(whole[: spots[0]]), np.array(whole[spots[0] : end])
+        if len(completion.prompt_ids) + len(completion.token_ids) > self.args.max_length:
+            raise ValueError(f"prompt and answer are longer than --max_length {self.args.max_length}")
         return completion
 
     def row(self, row, group, verdicts):
-        """As Generator.row; the texts are as they were given, and the verdicts too, where nobody judges."""
-        names = ["completions"] if self.scorer or any(verdicts) else ["completions", "rewards", "reasons", "answers"]
-        kept = {"completions": [row.get("reference")]} | {name: row[name] for name in names if name in row}
-        return super().row(row, group, verdicts) | kept
+        """As Generator.row, but what was given stays: texts, who sampled them, verdicts where nobody judges here."""
+        judged = self.scorer or any(verdicts)
+        kept = {"completions": [answer["content"] for answer, *_ in given(row)], "model": None} | row
+        for name in ("logprobs", "tokens", "token_ids", *(("rewards", "reasons", "answers") if judged else ())):
+            kept.pop(name, None)
+        return super().row(row, group, verdicts) | kept | {"scored_by": str(self.model)}
 
 
 def given(row):
-    """[(text, token ids or None, ended), ...] of the answers in a row: `completions`, or else the `reference`."""
+    """[(message, token ids or None, whether it ended), ...] of `completions`, or else the `reference`. ValueError."""
     if row.get("completions") is None:
         if row.get("reference") is None:
             raise ValueError("no `completions`, and no answer behind the prompt")
-        return [(row["reference"], None, True)]
-    texts, count = row["completions"], len(row["completions"])
-    return list(zip(texts, row.get("token_ids") or [None] * count, row.get("ended") or [True] * count, strict=True))
+        answer = row["reference"]
+        return [(answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}, None, True)]
+    answers, count = row["completions"], len(row["completions"])
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise ValueError("`completions` is no list of texts")
+    messages = [{"role": "assistant", "content": text} for text in answers]
+    return list(zip(messages, row.get("token_ids") or [None] * count, row.get("ended") or [True] * count, strict=True))
 
 
 class Inventor(Generator):
@@ -220,15 +179,18 @@ class Inventor(Generator):
 
     def load(self, sources):
         """So many prompts that end with the header. RunError if the template writes none."""
-        mark = "POSTCARD"
-        view = self.chat.template.view([{"role": "user", "content": mark}])
-        text, _ = self.chat.template.render(view, add_generation_prompt=True)
-        header, found, tail = text.partition(mark)
-        if not found or not header or not tail.strip():
-            raise common.RunError(f"the chat template of {self.model} does not write a header before a user's turn")
+        mark, count = "POSTCARD", self.args.from_header
+        try:
+            view = self.chat.template.view([{"role": "user", "content": mark}])
+            text, _ = self.chat.template.render(view, add_generation_prompt=True)
+        except ValueError as error:
+            raise common.RunError(f"--from_header: {error}") from None
+        header, _, tail = text.partition(mark)
+        ids = self.chat.controls.encode([header])[0] if header else []
+        if not tail.strip() or not 0 < len(ids) <= self.args.max_length - self.args.max_new_tokens:
+            why = f"a header of {len(ids)} tokens before a user's turn, and {tail.strip()[:20]!r} behind it"
+            raise common.RunError(f"--from_header: the chat template writes {why}: there has to be room, and an end")
         self.tail = tail.strip().splitlines()[0]  # what ends the turn
-        [ids] = self.chat.controls.encode([header])[0:1]
-        count = self.args.from_header
         columns = {"input_ids": [ids] * count, "trained": [[False] * len(ids)] * count, "job": ["null"] * count}
         table = Dataset.from_dict({**columns, "line": ["{}"] * count})
         lengths = np.full(count, len(ids))

@@ -19,17 +19,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import torch
-import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
 import common
-from kernels.memory import free_bytes
-from kernels.sampler import Sampler, SamplingParams, footprint
-from pipeline.ranks import gather, judges, on_rank0, own_device, rank, say, world
+from kernels.sampler import SamplingParams
+from pipeline.models import open_sampler
+from pipeline.ranks import gather, judges, on_rank0, rank, say, world
 from pipeline.shapes.encoder import SampleEncoder
-from rewards.environment import MOST_SLOTS, SLOTS_ON_CPU, USABLE, RowJobs, StopStrings, texts
+from rewards.environment import RowJobs, StopStrings, texts
 
 ROUNDS = 8  # sequences of a slot between two writes; more lose less time at their ends, and more when killed
 
@@ -69,6 +67,8 @@ class Generator:
         RunError: the model cannot be opened, sampled from, or has no room.
     """
 
+    reads_answers = False  # of the rows, instead of sampling them
+
     def __init__(self, args, model, scorer=None, sampler=None):
         self.args = args
         self.model = model
@@ -76,6 +76,10 @@ class Generator:
         config = common.load_config(SimpleNamespace(model=model, max_length=args.max_length))
         self.chat = common.ChatFormat(common.load_tokenizer(model, args.chat_template), args.content_tokens)
         self.jobs = RowJobs(args.rewards, args.verifier)
+        if args.temperature == 0 and args.n > 1:
+            raise common.RunError(f"at temperature 0 the {args.n} completions of a prompt would be the same: --n 1")
+        if "" in args.stop_strings:
+            raise common.RunError("--stop_strings has an empty string")
         if args.max_new_tokens >= args.max_length:
             raise common.RunError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length")
         if world() % args.sample_tp:
@@ -84,38 +88,17 @@ class Generator:
         self.copy, place = divmod(rank(), args.sample_tp)
         self.is_first = place == 0  # of the ranks that share a copy: the one that judges
         self.pool = None  # until a row has somebody to judge it
-        if sampler is not None:
-            self.sampler = sampler
-            return
-        try:
-            slots = args.slots or self._fitting_slots(config)
-            group = dist.new_subgroups(args.sample_tp)[0] if args.sample_tp > 1 else None
-            for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):  # the host has one model in memory at a time
-                if turn == int(os.environ.get("LOCAL_RANK", 0)):
-                    self.sampler = Sampler.from_pretrained(model, slots, args.max_length, own_device(), group)
-                gather([])
-        except (ValueError, OSError) as error:
-            raise common.RunError(f"model {model}: {common.first_line(error)}") from None
-        self.sampler.end_at(self.chat.stop_ids)  # as in training
-        self.sampler.forbid(set(range(config.vocab_size)) - set(self.chat.tokenizer.get_vocab().values()))
-
-    def _fitting_slots(self, config):
-        """How many sequences can be sampled at a time, on every rank; ValueError if none."""
-        if own_device().type == "cpu":
-            return SLOTS_ON_CPU
-        weights, slot = footprint(config, self.args.max_length, torch.bfloat16, self.args.sample_tp)
-        fitting = int((USABLE * min(gather([free_bytes(own_device())])) - weights) // slot)
-        if fitting < 1:
-            raise ValueError(f"weights of {weights / 2**30:.1f} GiB leave no room for a sequence: raise --sample_tp")
-        return min(fitting, MOST_SLOTS)
+        self.sampler = sampler or open_sampler(args, model, config, self.chat)
 
     def load(self, sources, prepare=None, judged=True):
         """common.Rows of sources (SOURCE[:AMOUNT]), with an account of them printed. DataError as common.load_rows.
 
         prepare: as for SampleEncoder. judged: whether verifiers are asked; RunError for a ground truth they cannot use.
         """
-        args, vocab_size, jobs = self.args, self.sampler.config.vocab_size, self.jobs if judged else None
-        encode = SampleEncoder(self.chat, vocab_size, args.max_length - args.max_new_tokens, jobs, prepare)
+        args, vocab_size = self.args, self.sampler.config.vocab_size
+        jobs = self.jobs if judged and self.scorer is None else None
+        longest = args.max_length - args.max_new_tokens
+        encode = SampleEncoder(self.chat, vocab_size, longest, jobs, prepare, self.reads_answers)
         rows = common.load_rows(sources, encode, args.seed, args.max_skip_frac)
         if judged or len(rows.report) > len(sources):  # what is only read again is known
             say(common.redact("\n".join(rows.report)))
@@ -157,8 +140,10 @@ class Generator:
     def _call(self, rows):
         """A name for all that decides about the rows that are written."""
         settings = {name: value for name, value in asdict(self.args).items() if name not in RUNTIME}
-        files = [os.stat(file) for file in common.weight_files(self.model)]
-        versions = [(file.st_size, file.st_mtime_ns) for file in files]
+        models = [self.model, *([self.scorer.folder] if self.scorer else [])]
+        files = [file for model in models for file in common.weight_files(model)]
+        files += [file for file in self.args.rewards if os.path.isfile(file)]
+        versions = [(os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
         call = [settings, str(self.model), versions, self.chat.key, rows.fingerprint, str(self.scorer)]
         return hashlib.sha256(json.dumps(call, default=str).encode()).hexdigest()[:8]
 
@@ -191,7 +176,7 @@ class Generator:
         def submit(completion):
             job = jobs[completion.index]
             if job is not None and self.scorer is None and self.is_first:
-                _, judged = texts(completion, self.chat.tokenizer, self.sampler.eos_ids)
+                _, judged = texts(completion, self.chat.tokenizer, self.sampler)
                 tickets[completion.index, completion.sample] = self.pool.submit((job[0], judged, *job[1:]))
 
         groups = self.complete(rows, mine, submit)
@@ -206,12 +191,15 @@ class Generator:
 
     def complete(self, rows, mine, on_end):
         """[[Completion, ...] of each row of `mine`]; on_end is called with each as soon as it ends."""
-        completions = self.sampler.sample(
-            [ids for ids, _ in rows.sequences(mine)],
-            self.params(on_end=on_end),
-            indices=mine,
-            stop=lambda: self.pool and self.pool.work(),  # those who judge get on; it returns None
-        )
+        try:
+            completions = self.sampler.sample(
+                [ids for ids, _ in rows.sequences(mine)],
+                self.params(on_end=on_end),
+                indices=mine,
+                stop=lambda: self.pool and self.pool.work(),  # those who judge get on; it returns None
+            )
+        except ValueError as error:
+            raise common.RunError(f"model {self.model}: {error}") from None
         return [completions[k : k + self.args.n] for k in range(0, len(completions), self.args.n)]
 
     def params(self, **more):
@@ -223,13 +211,12 @@ class Generator:
     def row(self, row, group, verdicts):
         """The row with its completions, and what was found of each."""
         args = self.args
-        answers = [texts(c, self.chat.tokenizer, self.sampler.eos_ids)[0] for c in group]
+        answers = [texts(c, self.chat.tokenizer, self.sampler)[0] for c in group]
         rewards = [None if v is None or math.isnan(v.reward) else v.reward for v in verdicts]
         reasons = ["none" if v is None else v.reason for v in verdicts]
         logprobs = [[round(float(logprob), 6) for logprob in c.logprobs] for c in group]
         if self.scorer:
-            rewards = self.scorer.scores(row, answers)
-            reasons = ["too_long" if reward is None else "score" for reward in rewards]
+            rewards, reasons = self.scorer.scores(row, answers)
         return row | {
             "completions": answers,
             "rewards": rewards,

@@ -31,8 +31,9 @@ import tyro
 
 import common
 from pipeline.estimates import estimate
-from pipeline.generate import RANGES, RewardModel, Scorer
+from pipeline.generate import RANGES, Scorer
 from pipeline.generator import Generator, Sampling
+from pipeline.models import RewardModel
 from pipeline.ranks import on_rank0, run
 
 matplotlib.use("Agg")  # writes files, needs no screen
@@ -52,23 +53,27 @@ class Args(Sampling):
 
 def main(args):
     """Writes --out and prints its table. Raises RunError."""
-    common.check_ranges(args, common.RANGES | RANGES | {"best_of": (0, 1e6)})
+    common.check_ranges(args, common.RANGES | RANGES | {"best_of": (0, 1e6)}, above_zero=("temperature",))
+    if args.top_p < 1:
+        raise common.RunError("--top_p below 1 samples another distribution than π, whose KL this is")
     args.per_token = True  # for Scorer
     out = Path(args.out)
     if out.exists():
         raise common.RunError(f"--out {out} is there already: delete it, or choose another")
     folder = out.with_name(f".{out.name}.unfinished")
     models = [model for path in args.model for model in models_of(path)]
-    for name, count in Counter(model[:2] for model in models).items():
+    names = Counter(name for path in args.model for name in {name for name, _, _ in models_of(path)})
+    for name, count in names.items():
         if count > 1:
-            raise common.RunError(f"--model: {count} are called {name[0]}")
-    scorer = RewardModel(args.reward_model) if args.reward_model else None
-    samples, own = {}, {}  # (name, step): file
+            raise common.RunError(f"--model: {count} are called {name}")
+    scorer = RewardModel(args.reward_model, args.content_tokens) if args.reward_model else None
+    samples, own, chats = {}, {}, {}  # (name, step): file, file, common.ChatFormat
     for name, step, path in models:
         key, file = (name, step), f"{name}.step_{step}.jsonl"
         generator = Generator(args, path, scorer)
         samples[key] = generator.write_part(generator.load(args.data), folder / file)
         own[key] = read_with(Scorer(args, path, sampler=generator.sampler), samples[key], folder / f"own.{file}")
+        chats[key] = generator.chat
         generator.close()
     line = None
     if args.best_of:
@@ -76,7 +81,12 @@ def main(args):
         line = generator.write_part(generator.load(args.data), folder / "best_of.jsonl")
         generator.close()
     reference = Scorer(args, args.ref)
-    by_ref = {key: read_with(reference, samples[key], folder / f"ref.{key[0]}.step_{key[1]}.jsonl") for key in samples}
+    vocabulary, by_ref = reference.chat.tokenizer.get_vocab(), {}
+    for key, file in samples.items():
+        if chats[key].tokenizer.get_vocab() != vocabulary:
+            raise common.RunError(f"{key[0]} has another vocabulary than --ref: there is no KL between them")
+        reference.chat = chats[key]  # π_ref reads the tokens that π has read, whatever its own template is
+        by_ref[key] = read_with(reference, file, folder / f"ref.{key[0]}.step_{key[1]}.jsonl")
     reference.close()
     on_rank0(lambda: report(args, folder, {key: (own[key], by_ref[key]) for key in samples}, line))
 
@@ -86,8 +96,9 @@ def models_of(path):
     run = Path(path)
     found = {step: folder / "model" for step, folder in common.checkpoints(run).items()}
     if (run / "model" / "config.json").exists():
-        found[json.loads((run / "config.json").read_text())["steps"]] = run / "model"
-    name = run.parent.name if run.name == "model" else run.name
+        found[common.read_run_config(run).get("steps", 0)] = run / "model"
+    whole = run.resolve() if run.exists() else run
+    name = whole.parent.name if whole.name == "model" else whole.name
     return [(name, step, str(folder)) for step, folder in found.items()] or [(name, 0, path)]
 
 
@@ -102,6 +113,7 @@ def read_with(scorer, samples, path):
 def measure(own, by_ref):
     """{column: number} of one model, from its rows with the log-probabilities of each token, its own and π_ref's."""
     k1, k3, ref, rewards, tokens, ended = [], [], [], [], [], []  # of each prompt the mean over its completions
+    prompts = [json.dumps(row["messages"]) for row in own]  # one that is there twice is one prompt
     for row, ref_row in zip(own, by_ref, strict=True):
         pairs = zip(row["logprobs"], ref_row["logprobs"], strict=True)
         d = [np.array(logprobs) - np.array(ref_logprobs) for logprobs, ref_logprobs in pairs]  # (T,) each
@@ -111,10 +123,13 @@ def measure(own, by_ref):
         tokens.append(np.mean(row["tokens"]))
         ended.append(np.mean(row["ended"]))
         judged = [reward for reward in row["rewards"] if reward is not None]
-        rewards += [np.mean(judged)] if judged else []
-    numbers = {"prompts": len(own)}
-    for name, values in {"kl": k1, "k3": k3, **({"reward": rewards} if rewards else {})}.items():
-        result = estimate(values)
+        rewards.append(np.mean(judged) if judged else np.nan)
+    numbers, is_judged = {"prompts": len(set(prompts))}, np.isfinite(rewards)
+    columns = {"kl": (k1, prompts), "k3": (k3, prompts)}
+    if is_judged.any():
+        columns["reward"] = np.array(rewards)[is_judged], np.array(prompts)[is_judged]
+    for name, (values, clusters) in columns.items():
+        result = estimate(values, clusters)
         numbers |= {name: result["mean"], f"{name}_low": result["low"], f"{name}_high": result["high"]}
     per_token = {"kl_per_token": np.mean(k1) / np.mean(tokens), "ref_logprob_per_token": np.mean(ref) / np.mean(tokens)}
     rest = per_token | {"tokens": np.mean(tokens), "ended": np.mean(ended)}
@@ -160,8 +175,11 @@ def report(args, folder, files, line):
     if "reward" in columns:
         plot(points, best, folder / "kl.png")
     wanted = {own: f"{name}.step_{step}.jsonl" for (name, step), (own, _) in files.items()}
-    for path in folder.glob(".*.unfinished.jsonl"):
-        path.rename(folder / wanted[path]) if path in wanted else path.unlink()
+    wanted |= {line: "best_of.jsonl"} if line else {}
+    for path in set(folder.iterdir()) - {*wanted, *(folder / name for name in ("kl.tsv", "kl.png", "best_of.tsv"))}:
+        path.unlink()  # of a call that was killed
+    for path, name in wanted.items():
+        path.rename(folder / name)
     common.sync_to_disk(folder)
     folder.rename(args.out)
     print(text, end="")

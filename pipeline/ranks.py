@@ -31,13 +31,14 @@ def run(main, args_class, doc):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
         say("interrupted: the same command goes on")
-    except (common.RunError, OSError) as error:
+    except (common.RunError, OSError) as failure:
         code = 1
-        if rank() == 0 or isinstance(error, OSError):
-            tqdm.write(f"error: {error}", file=sys.stderr)
+        if rank():
+            time.sleep(2)  # of an error of all ranks rank 0 tells, and torchrun ends the others
+        tqdm.write(f"error: {failure}", file=sys.stderr)
     sys.stdout.flush()
-    if code and "RANK" in os.environ:  # torchrun ends all when one ends: rank 0 speaks first
-        time.sleep(1 if rank() == 0 else 3)
+    if code and "RANK" in os.environ:
+        time.sleep(1)
     os._exit(code)  # at once: while Python takes itself down, a thread of the process group now and then aborts it
 
 
@@ -74,6 +75,15 @@ def gather(items):
     lists = [None] * world()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def in_turn(function):
+    """Calls `function` on the ranks of a machine one after the other: its host has one model in memory at a time."""
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        if turn == int(os.environ.get("LOCAL_RANK", 0)):
+            result = function()
+        gather([])
+    return result
 
 
 def on_rank0(function):

@@ -597,7 +597,7 @@ class Rollouts:
         """Hands a completion that has ended to those who judge. `_judge` collects the verdict."""
         if not self._is_mine(completion):
             return
-        text, judged = texts(completion, self.chat.tokenizer, self.sampler.eos_ids)
+        text, judged = texts(completion, self.chat.tokenizer, self.sampler)
         [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
         job = verifier, judged, ground_truth, weights, context
         parts, weights = split_job(*job)
@@ -754,13 +754,13 @@ class Rollouts:
         return flatten(lists)
 
 
-def texts(completion, tokenizer, eos_ids):
+def texts(completion, tokenizer, sampler):
     """(text of a Completion without its end token, the text that is judged: of an opened thought from its <think> on).
 
-    eos_ids: ids of end tokens.
+    sampler: has eos_ids, the ids of end tokens.
     """
     answer = completion.token_ids
-    if completion.ended and answer[-1] in eos_ids:
+    if completion.ended and len(answer) and answer[-1] in sampler.eos_ids:
         answer = answer[:-1]  # without the end token
     text = tokenizer.decode(answer, skip_special_tokens=True)
     # Where the template opens a thought, the verifier has to know that the completion begins inside of it.

@@ -1025,7 +1025,7 @@ def mutate(rows, rng):
     return bytes(content)
 
 
-@pytest.mark.parametrize("files", [500, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", [250, pytest.param(2000, marks=pytest.mark.slow)])
 def test_mutated_files_raise_data_error_or_load(files, tmp_path):
     """Flipped bits, lost and repeated chunks, wrong types: a DataError of one line, or rows; never anything else."""
     rng, (plain, full) = random.Random(0), fuzz_rows()

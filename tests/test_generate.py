@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import rl
 import torch
-from conftest import shared, tokenizer_folder, user, write_jsonl
+from conftest import assistant, shared, tokenizer_folder, user, write_jsonl
 from launch import ROOT, quick, run
+from safetensors.torch import load_file, save_file
 from together import together
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
@@ -49,7 +51,8 @@ def read(path):
 
 def without_rounding(row):
     """A row as it has to be with any number of processes and slots, and its log-probabilities."""
-    return {name: value for name, value in row.items() if name != "logprobs"}, np.array(row["logprobs"])
+    names = ("logprobs", "scored_by")
+    return {name: value for name, value in row.items() if name not in names}, np.array(row["logprobs"])
 
 
 def test_rows_are_the_prompts_with_judged_completions(start, tmp_path):
@@ -238,7 +241,7 @@ def test_rows_nobody_judges_and_rows_that_cannot_be_used(start, tmp_path):
     _, flags = start
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?"}, {"messages": [user("How?")]}])
     rows = written(tmp_path / "out.jsonl", **flags | {"data": [str(data)]})
-    assert [row["rewards"] for row in rows] == [[None] * 3] * 2 and rows[0]["prompt"] == "Why?"
+    assert [row["rewards"] for row in rows] == [[None] * 3] * 2 and rows[0]["messages"] == [user("Why?")]
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "Why?"}, {"prompt": "Why?", "dataset": "gsm8k", "ground_truth": {}}])
     with pytest.raises(common.RunError, match=r"bad.jsonl, row 2: "):
         written(tmp_path / "no.jsonl", **flags | {"data": [str(bad)]})
@@ -265,6 +268,10 @@ def test_as_a_user_starts_it(start, tmp_path):
     run("pipeline/generate.py", env=PATH, processes=2, out=tmp_path / "two.jsonl", group_size=3, **short)
     one, two = read(tmp_path / "one.jsonl"), read(tmp_path / "two.jsonl")
     assert [without_rounding(row)[0] for row in one] == [without_rounding(row)[0] for row in two]
+    bad = [{"prompt": "1?", "completions": ["five"]}, {"prompt": "1?", "completions": ["a" * 90]}]  # rank 0 waits
+    given = short | {"data": write_jsonl(tmp_path / "bad.jsonl", bad), "score_only": True}
+    _, stderr = run("pipeline/generate.py", env=PATH, processes=2, expect=1, out=tmp_path / "no.jsonl", **given)
+    assert stderr.count("error: ") == 1 and "bad.jsonl, row 2: --score_only: prompt and answer are longer" in stderr
     _, stderr = run("pipeline/generate.py", env=PATH, expect=1, out=tmp_path / "one.jsonl", **flags)
     assert stderr == f"error: --out {tmp_path}/one.jsonl is there already: delete it, or choose another\n"
 
@@ -290,3 +297,121 @@ def test_two_calls_do_not_write_one_file(start, tmp_path):
         second.write_part(second.load(flags["data"]), tmp_path / "out.jsonl")
     first.file.close()
     assert second.write_part(second.load(flags["data"]), tmp_path / "out.jsonl") == part
+
+
+# ------------------------------------------------------------------------------------------- rows of every shape
+
+CONVERSATIONS = [  # one prompt and one answer, in all columns that a row may have them in
+    {"messages": [user("1?"), assistant("five")]},
+    {"messages": json.dumps([user("1?"), assistant("five")])},
+    {"conversations": [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "five"}]},
+    {"prompt": [user("1?"), assistant("five")]},
+    {"prompt": "1?", "completion": "five"},
+]
+
+
+@pytest.mark.parametrize("row", CONVERSATIONS, ids=str)
+def test_a_prompt_and_its_answer_in_any_column(start, tmp_path, row):
+    _, flags = start
+    data = {"data": [str(write_jsonl(tmp_path / "rows.jsonl", [row]))]}
+    [sampled] = written(tmp_path / "a.jsonl", per_token=True, **flags | data)
+    assert (sampled["messages"], sampled["reference"]) == ([user("1?")], "five")
+    assert not {"conversations", "prompt", "completion"} & sampled.keys()
+    [scored] = written(tmp_path / "b.jsonl", per_token=True, score_only=True, **flags | {"data": [str(tmp_path / "a.jsonl")]})
+    assert np.abs(np.concatenate(sampled["logprobs"]) - np.concatenate(scored["logprobs"])).max() < 1e-3
+    assert (scored["token_ids"], scored["reference"]) == (sampled["token_ids"], "five")
+    [given] = written(tmp_path / "c.jsonl", score_only=True, **flags | data)
+    assert (given["completions"], given["ended"], given["model"]) == (["five"], [True], None)
+
+
+def test_columns_of_the_data_are_kept_and_those_of_an_earlier_call_replaced(start, tmp_path):
+    folder, flags = start
+    own = {"messages": [user("1?")], "model": "GPT", "seed": 7, "reference": "a rubric", "subset": "x"}
+    thought = {"messages": [user("1?"), {**assistant("five"), "reasoning_content": "so"}]}
+    data = [str(write_jsonl(tmp_path / "rows.jsonl", [own, thought]))]
+    row, other = written(tmp_path / "a.jsonl", **flags | {"data": data})
+    assert {name: row[name] for name in ("row_model", "row_seed", "row_reference", "subset")} == {
+        "row_model": "GPT", "row_seed": 7, "row_reference": "a rubric", "subset": "x"}  # fmt: skip
+    assert "reference" not in row and row["seed"] == 1
+    assert other["reference"] == thought["messages"][1]  # with its thoughts
+    again, _ = written(tmp_path / "b.jsonl", **flags | {"data": [str(tmp_path / "a.jsonl")], "seed": 2})
+    assert again.keys() == row.keys() and again["seed"] == 2 and again["completions"] != row["completions"]
+    scored, _ = written(tmp_path / "c.jsonl", score_only=True,
+                        **flags | {"data": [str(tmp_path / "a.jsonl")], "model": [f"{folder}/other"], "seed": 3})  # fmt: skip
+    assert (scored["model"], scored["seed"], scored["scored_by"]) == (row["model"], 1, f"{folder}/other")
+
+
+def test_rows_for_a_verifier_that_is_not_there_can_be_scored_by_a_model(start, tmp_path):
+    folder, flags = start
+    config = LlamaConfig(**AutoModelForCausalLM.from_pretrained(folder / "model").config.to_dict() | {"num_labels": 1, "pad_token_id": 0})
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "rm")
+    common.load_tokenizer(folder / "model", "tulu").save_pretrained(tmp_path / "rm")
+    rows = [{"prompt": "Why?", "dataset": "oasst"}, {"prompt": "w" * 100, "dataset": "oasst"}]
+    flags = flags | {"data": [str(write_jsonl(tmp_path / "rows.jsonl", rows))], "max_length": 128}
+    short, long = written(tmp_path / "a.jsonl", reward_model=str(tmp_path / "rm"), **flags)
+    assert short["reasons"] == ["score"] * 3 and None not in short["rewards"]
+    config = json.loads((tmp_path / "rm" / "config.json").read_text())
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
+    short, long = written(tmp_path / "b.jsonl", reward_model=str(tmp_path / "rm"), **flags)
+    assert (long["reasons"], long["rewards"]) == (["too_long"] * 3, [None] * 3) and short["reasons"] == ["score"] * 3
+
+
+def test_what_cannot_be_scored_is_named(start, tmp_path):
+    _, flags = start
+    fine = {"messages": [user("1?")], "completions": ["five"]}
+    for bad, message in (
+        ({"completions": "abc"}, "no list of texts"), ({"completions": [5]}, "no list of texts"),
+        ({"completions": ["a"], "token_ids": [[2**70]]}, "too large|too big"), ({"completions": ["a" * 90]}, "--max_length 64"),
+        ({"completions": ["a", "b"], "ended": [True]}, "zip"), ({}, "no `completions`"),
+    ):  # fmt: skip
+        data = write_jsonl(tmp_path / "rows.jsonl", [fine, {"messages": [user("1?")], **bad}])
+        with pytest.raises(common.DataError, match=f"rows.jsonl, row 2: --score_only: .*({message})"):
+            written(tmp_path / "no.jsonl", score_only=True, **flags | {"data": [str(data)]})
+    empty = {"messages": [user("1?")], "completions": ["", ""], "ended": [True, False]}
+    data = write_jsonl(tmp_path / "rows.jsonl", [empty])
+    [row] = written(tmp_path / "out.jsonl", score_only=True, **flags | {"data": [str(data)]})
+    assert row["tokens"] == [1, 0] and row["logprobs"][0] < -1 and row["logprobs"][1] == 0
+
+
+def test_a_judge_that_has_changed_is_another_call(start, tmp_path):
+    _, flags = start
+    source = tmp_path / "mine.py"
+    names = []
+    for reward in ("0.5", "0.25"):
+        source.write_text(f"from rewards import verifier\n\n\n@verifier('half')\ndef half(completion, truth):\n    return {reward}\n")
+        generator = Generator(generate.Args(out="x", rewards=[str(source)], **flags), flags["model"][0])
+        data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "dataset": None}])
+        names.append(generator._call(generator.load([str(data)], judged=False)))
+    assert names[0] != names[1]
+
+
+def test_models_that_are_damaged(start, tmp_path):
+    folder, flags = start
+    flags = flags | {"data": [str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completions": ["So"]}]))]}
+    for damage, message in ((b"", "Error"), (None, "not finite")):
+        shutil.copytree(folder / "model", tmp_path / "bad", dirs_exist_ok=True)
+        file = tmp_path / "bad" / "model.safetensors"
+        if damage is None:
+            weights = load_file(folder / "model" / "model.safetensors")
+            weights["model.norm.weight"][0] = torch.nan
+            save_file(weights, file, {"format": "pt"})
+        else:
+            file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(common.RunError, match=message):
+            written(tmp_path / "no.jsonl", **flags | {"model": [str(tmp_path / "bad")]})
+
+
+@pytest.mark.slow
+def test_from_header_with_every_template(start, tmp_path):
+    _, flags = start
+    paths = sorted(shared("data/chat_templates/templates").rglob("*.jinja"))
+    refused = []
+    for path in paths:
+        arguments = flags | {"data": [], "chat_template": str(path), "max_new_tokens": 4, "max_length": 128, "from_header": 2}
+        try:
+            rows = written(tmp_path / f"{path.stem}.jsonl", **arguments)
+            assert all(row["messages"][0]["role"] == "user" for row in rows)
+        except common.RunError as error:
+            refused.append(f"{path.stem}: {error}")
+    assert len(paths) > 50 and len(refused) < len(paths) / 5, refused

@@ -349,14 +349,18 @@ def watched(script, **flags):
     return seen, metrics(flags["out"])[0]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
         (grpo, {"active_sampling": 0}),
         (grpo, {"active_sampling": 4, "normalize_std": True, "kl_beta": 0.1, "minibatches": 2}),
-        (grpo, {"active_sampling": 0, "normalize_std": True, "group_size": 2}),  # groups of one, too
+        slow(grpo, {"active_sampling": 0, "normalize_std": True, "group_size": 2}),  # groups of one, too
         (ppo_rlvr, {"batch_size": 16, "group_size": 1, "passes": 2, "value_model": None, "no_eos_score": -10.0}),
-        (ppo_rlvr, {"batch_size": 4, "group_size": 4, "value_model": None, "no_eos_score": None, "minibatches": 2}),
+        slow(ppo_rlvr, {"batch_size": 4, "group_size": 4, "value_model": None, "no_eos_score": None, "minibatches": 2}),
     ],
     ids=str,
 )

@@ -156,6 +156,7 @@ def test_defaults_are_the_scripts():
             assert [getattr(script.Args, name) for name in same] == [getattr(Args, name) for name in same]
 
 
+@pytest.mark.slow
 def test_a_real_model_needs_no_weights(tmp_path):
     """The whole command, on the tokenizer and config of a pretrained model, offline."""
     model = tmp_path / "model"

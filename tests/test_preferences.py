@@ -301,7 +301,7 @@ def test_learns_and_reports(reference):
     "processes, flags",
     [
         (1, {"tokens_per_microbatch": 1}),  # one pair at a time
-        (2, {"tokens_per_microbatch": 1000, "activation_checkpointing": True}),
+        pytest.param(2, {"tokens_per_microbatch": 1000, "activation_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(4, {"shard": "hybrid"}, marks=pytest.mark.slow),
     ],
 )
@@ -686,6 +686,7 @@ def test_a_damaged_cache_is_noticed_and_made_anew(cached, damage):
     assert not go("once more")[2]
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_cache(cached, tiny_model, tmp_path):
     """Started together: both finish, with the same result, and the file they leave is whole; also with other pairs."""
     cache, _, folder = cached

@@ -334,7 +334,9 @@ STARTS = {
 }
 
 
-SIGNALS = [(name, signal.SIGTERM) for name in STARTS]
+LAST = "while a model is read"
+SIGNALS = [pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in STARTS if name != LAST]
+SIGNALS += [(LAST, signal.SIGTERM)]
 SIGNALS += [("while a model is read", number) for number in (signal.SIGUSR1, signal.SIGINT)]  # one place is enough
 
 

@@ -382,6 +382,7 @@ def test_missing_rank_makes_every_process_exit(tiny_model, tmp_path):
     assert process.returncode == 1 and "rows.jsonl, row 6: messages is a number" in stderr
 
 
+@pytest.mark.slow
 def test_every_architecture_survives_sharding_and_export(tmp_path):
     """Llama, Qwen 3, OLMo 3, Gemma 2 and Gemma 3, tied and untied, on two processes: three steps and the gradient of
     log-probabilities equal plain transformers', and the exported weights are the trained ones, bit for bit."""
