@@ -31,16 +31,16 @@ from pipeline.shapes.samples import (
     Sample,
     answered,
     candidates,
-    columns,
     gap,
     is_delta,
     is_right,
+    match,
+    other_columns,
     pass_rate,
     print_histogram,
     read_groups,
+    split,
 )  # fmt: skip
-
-ANSWERED = "messages conversations prompt completion system chosen rejected margin reference".split()  # written anew
 
 
 @dataclass(kw_only=True)
@@ -117,8 +117,9 @@ def check(args):
     common.check_ranges(args, common.RANGES | ranges | {"above": (-1, 1), "at_most": (0, 1), "noise": (0, 1)})
     if len({os.path.realpath(path) for path in args.data}) < len(args.data):
         raise common.RunError("--data has a file twice: its completions would count twice")
-    for flag, path in (("out", args.out), ("control", args.control)):
-        if path and (os.path.exists(path) or args.control == args.out):
+    outs = {flag: getattr(args, flag) for flag in ("out", "control") if getattr(args, flag)}
+    for flag, path in outs.items():
+        if os.path.exists(path) or len({*map(os.path.realpath, outs.values())}) < len(outs):
             raise common.RunError(f"--{flag} {path} is there already, or given twice: delete it, or choose another")
     if isinstance(args, Sft) and args.choose == "right" and args.per_prompt != 1:
         raise common.RunError("--choose right takes all right answers: random_right takes --per_prompt of them")
@@ -136,7 +137,7 @@ def choose_answers(group, args, left_out):
     found = candidates(group, args, left_out)
     texts = list({sample.text: sample for sample in found}.values())  # each once
     right = [sample for sample in texts if is_right(sample, args)]
-    reference = columns(group).get("reference")
+    _, reference = split(group)
     if not right and reference and args.with_reference:
         right = [Sample(None, reference, "", True, 0, "reference", -1)]
         texts = texts or right
@@ -186,17 +187,6 @@ def choose_pairs(group, args, left_out):
     return rows, [pair_row(group, pair, args, labels.random() < 0.5) for pair in at_random]
 
 
-def match(chosen, rejected, may):
-    """Pairs that share nothing: each of `chosen`, in its order, with the first of `rejected` left that it may have."""
-    pairs, used = [], set()
-    for a in chosen:
-        b = next((b for b in rejected if a != b and not {a, b} & used and may(a, b)), None)
-        if b is not None:
-            pairs.append((a, b))
-            used |= {a, b}
-    return pairs
-
-
 def choose_prompt(group, args, left_out):
     """([the row of `prompts`], []). Raises Skip."""
     rate = pass_rate(group, args)
@@ -208,25 +198,24 @@ def choose_prompt(group, args, left_out):
 
 
 def answer_row(group, sample):
-    answer = {"messages": answered(group, sample), "model": sample.model, "reward": sample.reward}
-    return columns(group, ANSWERED) | answer
+    answer = {"messages": answered(group, sample.text), "model": sample.model, "reward": sample.reward}
+    return other_columns(group) | answer
 
 
 def pair_row(group, pair, args, is_swapped):
-    row = columns(group, ANSWERED)
+    row = other_columns(group)
     a, b = reversed(pair) if is_swapped else pair
     for name, sample in (("chosen", a), ("rejected", b)):
-        row |= {name: answered(group, sample), f"{name}_model": sample.model, f"{name}_reward": sample.reward}
+        row |= {name: answered(group, sample.text), f"{name}_model": sample.model, f"{name}_reward": sample.reward}
     row["reward_gap"] = None if None in (a.reward, b.reward) else gap(a, b)
     return row | ({"margin": abs(row["reward_gap"])} if args.margin else {})
 
 
 def prompt_row(group, args):
     """The row as it came, with its last answer and its pass rate."""
-    row = columns(group)
-    reference = row.pop("reference", None)
-    if reference and isinstance(row.get("messages"), list):
-        row["messages"].append({"role": "assistant", "content": reference})
+    row, reference = split(group)
+    if reference is not None:
+        row["messages"] = answered(group, reference)
     return row | {"pass_rate": pass_rate(group, args)}
 
 

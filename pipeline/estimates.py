@@ -39,7 +39,12 @@ def standard_error(scores, clusters=None):
     sums = np.bincount(of, scores - scores.mean())
     if len(sums) < 2:
         return None
-    error = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(scores)
+    return root(len(sums) / (len(sums) - 1) * (sums**2).sum() / len(scores) ** 2)
+
+
+def root(variance):
+    """The standard error; 0.0 for one that is nothing but rounding."""
+    error = math.sqrt(variance)
     return error if error > ROUNDING else 0.0
 
 
@@ -54,13 +59,17 @@ def with_interval(mean, se):
     return {"mean": mean, "se": se, "low": low, "high": high}
 
 
+def bounded(result, lowest=-math.inf, highest=math.inf):
+    """The same with its interval cut at bounds; without one if se is 0: equal scores do not say how sure they are."""
+    low, high = (max(lowest, result["low"]), min(highest, result["high"])) if result["se"] else (None, None)
+    return result | {"low": low, "high": high}
+
+
 def share(scores, clusters=None):
     """As `estimate`, of scores from 0 to 1. Where all are 0 or 1 and alone, the interval is Wilson's."""
-    result = estimate(scores, clusters)
+    result = bounded(estimate(scores, clusters), 0.0, 1.0)
     if clusters is None and set(np.unique(scores)) <= {0.0, 1.0}:
         result["low"], result["high"] = wilson(float(np.sum(scores)), len(scores))
-    elif result["se"] is not None:
-        result["low"], result["high"] = max(0.0, result["low"]), min(1.0, result["high"])
     return result
 
 
@@ -72,20 +81,35 @@ def wilson(right, total):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def macro(scores, subsets):
+def macro(scores, subsets, clusters=None):
     """The mean over subsets of their means, each with the same weight: {mean, se, low, high, subsets: {name: ...}}.
 
+    se = sqrt(Σ_clusters (Σ_(i in it) e_i)²) with e_i = sqrt(C/(C-1)) (s_i - mean) / (N S), where mean, C and N are of
+    the subset of i, and S is the number of subsets. Where no cluster is in two subsets, these are the errors of their
+    means, independent of each other. A subset of one cluster does not show how its scores vary; how far they are from
+    the mean of the other subsets stands in for that: e_i = (s_i - mean of the others) / (N S), rather too much.
+
     Args:
-        scores: (N,). subsets: N names.
+        scores: (N,), from 0 to 1. subsets: N names. clusters: N labels, as in `standard_error`.
     """
-    scores, parts = np.asarray(scores, dtype=float), {}
-    for name in dict.fromkeys(subsets):
-        parts[name] = estimate(scores[[subset == name for subset in subsets]])
-        parts[name]["prompts"] = subsets.count(name)
-    errors = [part["se"] for part in parts.values()]
-    se = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(parts)
+    scores, subsets = np.asarray(scores, dtype=float), list(subsets)
+    labels = np.arange(len(scores)) if clusters is None else np.asarray(clusters)
+    inside = {name: np.array([subset == name for subset in subsets]) for name in dict.fromkeys(subsets)}
+    parts = {name: share(scores[i], None if clusters is None else labels[i]) for name, i in inside.items()}
     mean = float(np.mean([part["mean"] for part in parts.values()]))
-    return with_interval(mean, se) | {"subsets": parts}
+    errors = np.zeros(len(scores))
+    for name, i in inside.items():
+        parts[name]["prompts"] = int(i.sum())
+        count, own = len(set(labels[i])), parts[name]["mean"]
+        if count > 1:
+            deviations = math.sqrt(count / (count - 1)) * (scores[i] - own)
+        else:
+            deviations = scores[i] - (len(parts) * mean - own) / max(1, len(parts) - 1)
+        errors[i] = deviations / (i.sum() * len(parts))
+    _, of = np.unique(labels, return_inverse=True)
+    sums = np.bincount(of, errors)
+    se = root((sums**2).sum()) if len(sums) > 1 else None
+    return bounded(with_interval(mean, se), 0.0, 1.0) | {"subsets": parts}
 
 
 def variance_of_sampling(passes):
@@ -122,15 +146,17 @@ def compare(a, b, clusters=None):
 
     Returns:
         {mean, se, low, high} of the differences; p, two-sided, by the normal distribution; correlation of a and b;
-        detectable, the difference that so many prompts show with a probability of 80 %: 2.8 se.
+        detectable, the difference that so many prompts show with a probability of 80 %: 2.8 se. Differences that are
+        all the same show no error: p and detectable are None then, or 1 and 0 if there is no difference at all.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    result = estimate(a - b, clusters)
+    result = bounded(estimate(a - b, clusters))
     mean, se = result["mean"], result["se"]
     result |= {"p": None, "correlation": None, "detectable": None}
-    if se is not None:
-        result["detectable"] = POWER * se
-        result["p"] = math.erfc(abs(mean) / se / math.sqrt(2)) if se else float(mean == 0)
+    if se:
+        result |= {"p": math.erfc(abs(mean) / se / math.sqrt(2)), "detectable": POWER * se}
+    elif se == 0 and np.abs(a - b).max() < ROUNDING:
+        result |= {"p": 1.0, "detectable": 0.0}
     if a.std() and b.std():
         result["correlation"] = float(np.corrcoef(a, b)[0, 1])
     return result
@@ -138,4 +164,4 @@ def compare(a, b, clusters=None):
 
 def is_difference(result):
     """Whether the interval of a comparison is there, and does not hold 0."""
-    return result["se"] is not None and not result["low"] <= 0 <= result["high"]
+    return result["low"] is not None and not result["low"] <= 0 <= result["high"]

@@ -9,8 +9,8 @@ A row of --data is what grpo.py reads, or of a shape that pipeline.convert knows
 AIME, IFEval, HumanEval and MBPP serve as they are. Sampling and judging are those of pipeline.generate. A completion
 passes with --pass_threshold of the highest reward; one that could not be judged is in no mean, and counted.
 
-A second reading of the same completions stands in a column of its own: *strict* asks of GSM8K and MATH that the answer
-is in the last \boxed{} or, without one, in the last line that begins with "####"; *loose* is IFEval's.
+A second reading of the same completions stands in a column of its own: *strict* takes an answer of MATH from the last
+\boxed{} alone; of GSM8K, without a box, also from the last line that begins with "####"; *loose* is IFEval's.
 
 Errors are those of the mean over prompts; the formulas are in pipeline/estimates.py. --out gets results.json and, for
 each NAME (and seed), NAME.jsonl with all completions, as generate writes them. Killed, the same command goes on.
@@ -18,6 +18,7 @@ each NAME (and seed), NAME.jsonl with all completions, as generate writes them. 
 
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,11 +26,20 @@ from typing import Annotated, Literal
 import tyro
 
 import common
+from pipeline.generate import RANGES
 from pipeline.generator import Generator, Sampling
 from pipeline.ranks import on_rank0, run
 from pipeline.scores import judge_again, read
 from pipeline.shapes.benchmarks import Benchmark, read_shots
-from pipeline.tables import compare, measure, over_models, table_of_comparison, table_of_results
+from pipeline.tables import (
+    SUBSET,
+    check_columns,
+    compare,
+    measure,
+    over_models,
+    table_of_comparison,
+    table_of_results,
+)
 
 DEFAULTS = {"n": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 2048, "max_length": 4096, "k": [1],
             "num_shots": 8, "seeds": None}  # fmt: skip
@@ -65,14 +75,15 @@ class Args(Sampling):
     num_shots: int | None = None  # so many of them: 8, or the preset's
     pass_threshold: float = 1.0  # share of the highest reward with which a completion passes
     cluster: str | None = None  # column: prompts with the same value are not independent
-    subset: str = "subset"  # column: where rows have it, the mean over subsets is there, too (macro)
+    subset: str = SUBSET  # column: where rows have it, the mean over subsets is there, too (macro)
     max_skip_frac: float = 0.0  # refuse to start when a larger share of a benchmark's rows is unusable
 
 
 def main(args):
     """Samples, reads, compares; prints a table. Raises RunError."""
-    ranges = {"n": (1, 1e6), "top_p": (1e-6, 1), "temperature": (0, 100), "pass_threshold": (1e-6, 1)}
-    common.check_ranges(args, common.RANGES | ranges)
+    common.check_ranges(args, common.RANGES | RANGES | {"num_shots": (0, 1e6), "pass_threshold": (1e-6, 1)})
+    if args.k is not None and min(args.k, default=0) < 1:
+        raise common.RunError(f"--k {' '.join(map(str, args.k))}: give numbers from 1 on")
     if sum(map(bool, (args.model, args.results, args.compare))) != 1 or bool(args.model) != bool(args.data):
         raise common.RunError("give --model and --data, or --results, or --compare")
     sampled = [flag for flag in ("shots", *DEFAULTS) if getattr(args, flag) not in (None, []) and flag != "k"]
@@ -90,26 +101,28 @@ def main(args):
 
 
 def report(args, folder, samples):
-    """Computes what is asked for, writes it and the samples into the folder, which becomes --out, and prints it."""
+    """Computes what is asked for, prints it, and publishes it as --out, with a copy of the samples in the folder."""
     results = {"flags": asdict(args), "settings": {name: settings(args, name) for name, *_ in samples}}
     if args.compare:
         results["differences"] = compare(*[read([side], args) for side in args.compare], args)
         lines = table_of_comparison(results["differences"])
     else:
         tables = read([f"{name}={path}" for name, _, path in samples] or args.results, args)
+        check_columns({key: [(each.where, each.row) for each in tables[key].values()] for key in tables}, args)
         judge_again(tables, args)
         each = [measure(*key, table, settings(args, key[0])["k"], args) for key, table in tables.items()]
         results |= {"results": each, "over_models": over_models(each)}
         lines = table_of_results(each, results["over_models"])
     if args.out:
-        folder.mkdir(parents=True, exist_ok=True)
-        common.replace_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        for other in set(folder.iterdir()) - {path for *_, path in samples} - {folder / "results.json"}:
-            other.unlink()  # of a call with other flags that was killed
-        common.sync_to_disk(folder)
+        whole = folder / "whole"
+        shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed
+        whole.mkdir(parents=True)
         for _, file, path in samples:
-            path.rename(folder / file)
-        folder.rename(args.out)
+            shutil.copyfile(path, whole / file)  # a call that is killed here finds all samples again
+        common.replace_text(whole / "results.json", json.dumps(results, indent=2) + "\n")
+        common.sync_to_disk(whole)
+        whole.rename(args.out)
+        shutil.rmtree(folder)
     print("\n".join(lines))
 
 
@@ -132,6 +145,8 @@ def sample(args, folder):
         rows[name] = generator.load([source], Benchmark(turns, bool(args.verifier or args.rewards)))
         if too_long := [line for line in rows[name].report if common.TOO_LONG in line]:
             raise common.RunError(f"{source}: {too_long[0].strip()}: raise --max_length, or lower --max_new_tokens")
+    lines = {name: enumerate(rows[name].table["line"]) for name in rows}
+    check_columns({name: [(rows[name].where(i), json.loads(line)) for i, line in lines[name]] for name in rows}, args)
     samples = []
     for name in sources:
         for seed in chosen[name]["seeds"]:
@@ -152,12 +167,12 @@ def settings(args, name):
 
 def check_counts(name, n, seeds, temperature, k, **_):
     """Raises RunError where more completions would all be the same, or pass@k needs more."""
-    if len(set(seeds)) < len(seeds) or min(seeds, default=-1) < 0:
-        raise common.RunError(f"--seeds {' '.join(map(str, seeds))}: give each once, and none below 0")
+    if len(set(seeds)) < len(seeds) or not 0 <= min(seeds, default=-1) <= max(seeds) <= common.RANGES["seed"][1]:
+        raise common.RunError(f"--seeds {' '.join(map(str, seeds))}: give each once, and none below 0 or above 1e18")
     completions = n * len(seeds)
     if completions > 1 and temperature == 0:
         raise common.RunError(f"{name}: at temperature 0 the {completions} completions of a prompt are all the same")
-    if not 1 <= min(k) <= max(k) <= completions:
+    if max(k) > completions:
         raise common.RunError(f"{name}: --k {max(k)} needs as many completions; --n and --seeds make {completions}")
 
 

@@ -1,12 +1,14 @@
 """Files of samples, as generate writes them → prompts with all their completions, and which of these pass."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import common
 from pipeline.ranks import judges
+from pipeline.shapes.samples import FIELDS, check_fields
 from rewards.environment import ROUNDING, RowJobs, highest_reward
 from rewards.jobs import split_job
 from rewards.mathematics import last_box
@@ -14,19 +16,24 @@ from rewards.verifiers import after_thinking
 
 SETTINGS = ("temperature", "top_p")  # of the sampling, in each row
 COLUMNS = "completions rewards reasons answers ended tokens logprobs".split()
+NO_VERIFIER = {"none", "score", "too_long", "rejected"}  # reasons where nobody, or a reward model, has judged
+
+
+def boxed(text):
+    r"""The last \boxed{...} of a text, or ""."""
+    box = last_box(after_thinking(text))
+    return rf"\boxed{{{box}}}" if box else ""
 
 
 def boxed_or_marked(text):
     r"""The last \boxed{...} of a text, or without one the last line that begins with "####", or ""."""
-    text = after_thinking(text)
-    box = last_box(text)
-    lines = re.findall("^####.*", text, re.MULTILINE)
-    return rf"\boxed{{{box}}}" if box else lines[-1] if lines else ""
+    lines = re.findall("^####.*", after_thinking(text), re.MULTILINE)
+    return boxed(text) or (lines[-1] if lines else "")
 
 
 SECOND_READING = {  # verifier: (name of the other reading, the verifier by which it is judged, what that one is shown)
     "gsm8k": ("strict", "gsm8k", boxed_or_marked),
-    "math": ("strict", "math", boxed_or_marked),
+    "math": ("strict", "math", boxed),  # whose verifier does not know "####"
     "ifeval": ("loose", "ifeval_loose", str),
 }
 
@@ -48,6 +55,7 @@ class Completion:
 @dataclass
 class Prompt:
     where: str  # file and row
+    firsts: dict  # {seed: where its first row is}
     row: dict  # the first with this prompt
     verifier: str | None  # if that is one
     ground_truth: object  # for it
@@ -66,9 +74,9 @@ class Prompt:
 
     def add(self, other):
         """Takes the completions of another row with this prompt. Raises ValueError if they are here already."""
-        file, _, _ = other.where.rpartition(", row ")
-        if not self.where.startswith(f"{file}, row ") and self.row["seed"] == other.row["seed"]:
-            raise ValueError(f"the seed, the model and the prompt are those of {self.where}")
+        first = self.firsts.setdefault(other.row["seed"], other.where)
+        if first.rpartition(", row ")[0] != other.where.rpartition(", row ")[0]:
+            raise ValueError(f"the seed, the model and the prompt are those of {first}")
         if any(self.row[name] != other.row[name] for name in SETTINGS):
             raise ValueError(f"the prompt is that of {self.where}, but not the {' and '.join(SETTINGS)}")
         self.completions += other.completions
@@ -89,19 +97,23 @@ def read(specs, args):
             .seed_S that evaluate writes. args: has rewards, verifier, pass_threshold.
 
     Raises:
-        DataError: a row is not one of generate or evaluate. RunError: nothing to read.
+        DataError: a row is not one of generate or evaluate. RunError: nothing to read, or a file twice.
     """
     jobs = RowJobs(args.rewards, args.verifier)
+    files = [file for spec in specs for file in files_of(spec)]
+    for i, (name, path) in enumerate(files):
+        if (name, os.path.realpath(path)) in [(other, os.path.realpath(file)) for other, file in files[:i]]:
+            raise common.RunError(f"{path} is there twice for {name}: its completions would count twice")
     tables = {}
-    for name, path in [file for spec in specs for file in files_of(spec)]:
+    for name, path in files:
         for number, row in lines_of(path):
             try:
                 key, prompt = as_prompt(f"{path}, row {number}", row, jobs, args)
-                known = tables.setdefault((name, row["model"]), {}).setdefault(key, prompt)
+                known = tables.setdefault((name, row["model"] or "unknown"), {}).setdefault(key, prompt)
                 if known is not prompt:
                     known.add(prompt)
-            except (KeyError, TypeError, ValueError, common.RunError) as error:
-                reason = f"not usable as a row of generate: {type(error).__name__}: {common.first_line(error)}"
+            except (TypeError, ValueError, common.RunError) as error:
+                reason = f"not usable as a row of generate: {common.first_line(error)}"
                 raise common.DataError(path, number, reason) from None
     if not tables:
         raise common.RunError(f"no rows in {', '.join(map(str, specs))}")
@@ -132,11 +144,12 @@ def files_of(spec):
 
 
 def as_prompt(where, row, jobs, args):
-    """(key, Prompt) of a row."""
+    """(key, Prompt) of a row. Raises ValueError, TypeError or RunError for one that is none."""
+    check_fields(row, FIELDS)
     messages = common.read_conversation(row, needs_answer=False)
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     parts, highest = [], None
-    if not {"none", "score", "too_long"} & set(row["reasons"]):  # these are no verifier's
+    if not NO_VERIFIER & set(row["reasons"]):
         names, *rest = jobs(row, messages)
         parts, weights = split_job(names, None, *rest[:2])
         highest = highest_reward(weights)
@@ -150,7 +163,7 @@ def as_prompt(where, row, jobs, args):
         completions.append(Completion(text, reward, reason, answer, ended, tokens, logprob, row["seed"], passes))
     others = [row.get(name) for name in ("tools", "chat_template_kwargs", "dataset", "ground_truth")]
     key = json.dumps([messages, *others], sort_keys=True)
-    return key, Prompt(where, row, verifier, ground_truth, highest, completions)
+    return key, Prompt(where, {row["seed"]: where}, row, verifier, ground_truth, highest, completions)
 
 
 def judge_again(tables, args):

@@ -10,6 +10,8 @@ from pipeline import estimates
 from pipeline.scores import SETTINGS
 from rewards.environment import flatten
 
+SUBSET = "subset"  # column
+
 
 def measure(name, model, table, ks, args):
     """What results.json has of a data set and a model: {key: a number, or what a function of estimates.py returns}.
@@ -17,7 +19,7 @@ def measure(name, model, table, ks, args):
     Args:
         table: {prompt: Prompt}. ks: of pass@k. args: has cluster and subset.
 
-    Raises RunError if nothing was judged, a prompt has fewer than k completions, or no value for --cluster.
+    Raises RunError if nothing was judged, or a prompt has fewer than k completions.
     """
     prompts = [prompt for prompt in table.values() if prompt.judged]
     completions = flatten(prompt.completions for prompt in table.values())
@@ -35,7 +37,7 @@ def measure(name, model, table, ks, args):
         "completions": len(completions),
         "not_judged": sum(completion.reward is None for completion in completions),
         **(passes(name, prompts, ks, args) if all(prompt.highest is not None for prompt in prompts) else {}),
-        "reward": estimates.estimate(means(prompts, "reward"), clusters(prompts, args)),
+        "reward": estimates.bounded(estimates.estimate(means(prompts, "reward"), clusters(prompts, args))),
         "ended": sum(completion.ended for completion in completions) / len(completions),
         **{reason: reasons[reason] / len(completions) for reason in ("unparsed", "timeout", "crash")},
         "distinct_answers": float(np.mean([len({c.answer for c in prompt.judged} - {""}) for prompt in prompts])),
@@ -62,7 +64,8 @@ def passes(name, prompts, ks, args):
         if read_so:
             result[reading] = estimates.share(means(read_so, "passes_second"), clusters(read_so, args))
     if all(prompt.row.get(args.subset) is not None for prompt in prompts):
-        result["macro"] = estimates.macro(scores, [str(prompt.row[args.subset]) for prompt in prompts])
+        subsets = [str(prompt.row[args.subset]) for prompt in prompts]
+        result["macro"] = estimates.macro(scores, subsets, clusters(prompts, args))
     result |= estimates.variance_of_sampling([prompt.values("passes") for prompt in prompts])
     seeds = list(dict.fromkeys(completion.seed for prompt in prompts for completion in prompt.judged))
     if len(seeds) > 1:
@@ -76,11 +79,21 @@ def means(prompts, name):
     return [float(np.mean(prompt.values(name))) for prompt in prompts]
 
 
+def check_columns(data, args):
+    """Raises RunError where a row has no --cluster, or where --subset is in all rows of no data set.
+
+    data: {data set: [(file and row, row), ...]}. A `subset` that nobody has asked for may be missing.
+    """
+    for where, row in flatten(data.values()) if args.cluster else ():
+        if row.get(args.cluster) is None:
+            raise common.RunError(f"{where}: no {args.cluster!r}, which --cluster asks for")
+    has_subsets = [all(row.get(args.subset) is not None for _, row in rows) for rows in data.values()]
+    if args.subset != SUBSET and not any(has_subsets):
+        raise common.RunError(f"--subset {args.subset}: no data set has this column in all rows")
+
+
 def clusters(prompts, args):
-    """The labels of --cluster, one for each prompt; None without it. Raises RunError."""
-    for prompt in prompts if args.cluster else ():
-        if prompt.row.get(args.cluster) is None:
-            raise common.RunError(f"{prompt.where}: no {args.cluster!r}, which --cluster asks for")
+    """The labels of --cluster, one for each prompt; None without it."""
     return [json.dumps(prompt.row[args.cluster]) for prompt in prompts] if args.cluster else None
 
 
@@ -104,6 +117,8 @@ def compare(a, b, args):
             raise common.RunError("--compare: a side has several models; --results gives their mean and range")
     if only := sides[0].keys() ^ sides[1].keys():
         raise common.RunError(f"--compare: only one side has the data set {min(only)}")
+    rows = {name: [(each.where, each.row) for each in table.values()] for name, (_, table) in sides[0].items()}
+    check_columns(rows, args)
     results = []
     for name in sides[0]:
         models, tables = zip(*(side[name] for side in sides), strict=True)

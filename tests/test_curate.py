@@ -294,6 +294,42 @@ def test_reference(run):
     assert len(run(Sft, rows)) == 1
 
 
+WHOLE = {"role": "assistant", "content": "5", "reasoning_content": "2 and 3 make 5."}
+
+
+def test_a_reference_may_be_a_whole_message(run):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    for message in (WHOLE, call):
+        row = sampled([0, 0], reference=message)
+        [answer] = run(Sft, [row], with_reference=True)
+        assert answer["messages"] == [*row["messages"], message] and answer["model"] == "reference"
+        [prompt] = run(Prompts, [row], above=-1)
+        assert prompt["messages"] == [*row["messages"], message] and "reference" not in prompt
+        [pair] = run(Pairs, [{**row, "rewards": [1, 0]}], rule="tulu")
+        assert "reference" not in pair
+
+
+@pytest.mark.parametrize("own", [["a rubric"], {"criteria": "brief"}, 5, None])
+def test_a_reference_that_is_no_answer_is_a_column(run, own):
+    row = sampled([1, 0], reference=own)
+    for kind, flags in ((Prompts, {}), (Sft, {"with_reference": True}), (Pairs, {"rule": "tulu"})):
+        [found] = run(kind, [row], **flags)
+        assert found["reference"] == own
+    [prompt] = run(Prompts, [row])
+    assert prompt["messages"] == row["messages"]
+    with pytest.raises(RunError, match="nothing is left"):
+        run(Sft, [{**row, "rewards": [0, 0]}], with_reference=True)
+
+
+def test_rows_of_score_only(run):
+    """May have been given without a model, and say who has read them."""
+    rows = [sampled([1, 0], model=None, scored_by="B"), sampled([1, 1], "Q", "A", scored_by="B")]
+    found = run(Prompts, rows, at_most=1)
+    assert len(found) == 2 and not any("scored_by" in row for row in found)
+    assert "completions: 2 of A, 2 of unknown" in run.printed
+    assert run(Sft, rows)[0]["model"] is None
+
+
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -464,16 +500,21 @@ def test_the_scripts_read_it(run, tmp_path, template):
         (lambda row: row.pop("rewards"), "no field 'rewards'"),
         (lambda row: row.pop("model"), "no field 'model'"),
         (lambda row: row.pop("messages"), "no field 'messages'"),
-        (lambda row: row["ended"].pop(), "zip"),
-        (lambda row: row.update(rewards=["good"]), "round"),
-        (lambda row: row.update(rewards=1.0), "not iterable"),
-        (lambda row: row.update(completions=[None]), "no text"),
+        (lambda row: row["ended"].pop(), "as many of each expected: 1 completions, .*0 ended"),
+        (lambda row: row.update(rewards=["good"]), "rewards: expected a number or null, found 'good'"),
+        (lambda row: row.update(rewards=[True]), "rewards: expected a number or null, found True"),
+        (lambda row: row.update(rewards=1.0), "rewards: expected a list, found 1.0"),
+        (lambda row: row.update(completions=[None]), "completions: expected a text, found None"),
+        (lambda row: row.update(model=["A"]), r"model: expected a text or null, found \['A'\]"),
+        (lambda row: row.update(tokens=["7"]), "tokens: expected a whole number from 1 on, found '7'"),
+        (lambda row: row.update(ended=["no"]), "ended: expected true or false, found 'no'"),
+        (lambda row: row.update(reasons=[["right"]]), r"reasons: expected a text, found \['right'\]"),
     ],
 )
 def test_other_rows(run, change, message):
     row = sampled([1])
     change(row)
-    with pytest.raises(DataError, match=rf"0.jsonl, row 2: not a file of pipeline.generate: .*{message}"):
+    with pytest.raises(DataError, match=rf"0.jsonl, row 2: not usable as a row of generate: {message}"):
         run(Sft, [sampled([1, 0]), row])
 
 
@@ -505,8 +546,10 @@ def test_files(tmp_path, monkeypatch):
     out = str(tmp_path / "new" / "out.jsonl")
     with pytest.raises(RunError, match="a file twice"):
         curate.main(Sft(data=[source, f"{tmp_path}/../{tmp_path.name}/a.jsonl"], out=out))
-    with pytest.raises(RunError, match="given twice"):
-        curate.main(Sft(data=[source], out=out, control=out))
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for control in (out, f"{tmp_path}/new/./out.jsonl", f"{tmp_path}/link/out.jsonl"):
+        with pytest.raises(RunError, match="given twice"):
+            curate.main(Sft(data=[source], out=out, control=control))
     with pytest.raises(RunError, match="--control .* is there already"):
         curate.main(Sft(data=[source], out=out, control=source))
     with pytest.raises(RunError, match="--out .* is there already"):

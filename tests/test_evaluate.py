@@ -20,7 +20,7 @@ from common import DataError, RunError
 from pipeline import estimates, evaluate, generate
 from pipeline.evaluate import Args, settings
 from pipeline.generator import Generator
-from pipeline.scores import boxed_or_marked
+from pipeline.scores import boxed, boxed_or_marked
 from pipeline.shapes.benchmarks import Benchmark, read_shots
 from rewards.jobs import combine, split_job
 from rewards.verifiers import judge
@@ -127,7 +127,50 @@ def test_macro_gives_each_subset_the_same_weight():
     assert (macro["mean"], macro["subsets"]["a"]["mean"], macro["subsets"]["b"]["prompts"]) == (0.5, 0.75, 2)
     errors = [estimates.standard_error(scores[:4]), estimates.standard_error(scores[4:])]
     assert macro["se"] == pytest.approx(math.hypot(*errors) / 2)
-    assert estimates.macro(scores, list("aaaabc"))["se"] is None
+
+
+def test_macro_has_the_errors_of_bootstraps():
+    """Also in clusters, within subsets or across them."""
+    scores, clusters = scores_in_clusters(8)
+    for names in (np.where(np.arange(300) < 90, "a", "b"), np.where(np.array(clusters) < 30, "a", "b")):
+        for labels in (None, clusters):
+            members = [np.flatnonzero(np.array(labels or range(300)) == name) for name in dict.fromkeys(labels or range(300))]
+            rng, means = np.random.default_rng(9), []
+            for _ in range(2000):
+                drawn = np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])
+                means.append(np.mean([scores[drawn][names[drawn] == name].mean() for name in "ab"]))
+            assert estimates.macro(scores, names.tolist(), labels)["se"] == pytest.approx(np.std(means), rel=0.08)
+
+
+def test_macro_with_subsets_of_one():
+    scores = [0.4, 0.9, 0.6, 0.1]
+    alone = estimates.macro(scores, list("abcd"))  # each prompt is a subset
+    assert alone["se"] == pytest.approx(estimates.standard_error(scores) * math.sqrt(4 / 3)) and alone["subsets"]["a"]["low"] is None
+    rng, squares, means = np.random.default_rng(10), [], []
+    for _ in range(3000):  # a mean of three subsets, two of them with one prompt
+        scores = np.clip(rng.normal(0.5, 0.1, size=12), 0, 1)
+        macro = estimates.macro(scores, list("aaaaaaaaaabc"))
+        squares.append(macro["se"] ** 2)
+        means.append(macro["mean"])
+    assert 1 < np.mean(squares) / np.var(means) < 1.4  # too much rather than too little
+    assert estimates.macro([1, 0], list("aa"), list("xx"))["se"] is None
+    assert estimates.macro([1, 0], list("ab"), list("xx"))["se"] is None
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    macro = estimates.macro([1, 1, 0, 1, 1, 1], list("aaabbb"))
+    assert macro["mean"] + 1.96 * macro["se"] > 1 == macro["high"] and macro["low"] > 0
+    macro = estimates.macro([0, 0, 1, 0, 0, 0], list("aaabbb"))
+    assert macro["low"] == 0 < macro["high"] < 1
+
+
+def test_equal_scores_are_no_certainty():
+    for result in (
+        estimates.share([1, 1, 1, 1], list("aabb")), estimates.share([0.5, 0.5]), estimates.macro([0.1] * 6, list("aaabbb")),
+        estimates.bounded(estimates.estimate([0.1, 0.1, 0.1])),
+    ):  # fmt: skip
+        assert (result["se"], result["low"], result["high"]) == (0, None, None)
+    assert estimates.share([1, 1, 1])["low"] == estimates.wilson(3, 3)[0]
 
 
 def test_variance_of_sampling_is_that_of_repeats():
@@ -151,6 +194,16 @@ def test_a_model_is_not_better_than_itself():
     assert same["correlation"] == pytest.approx(1) and not estimates.is_difference(same)
 
 
+def test_differences_that_are_all_the_same_do_not_say_how_sure_they_are():
+    for a, b in (([1, 1, 1], [0, 0, 0]), ([1, 0.6], [0.9, 0.5]), ([1, 0.5], [0.5, 0])):
+        result = estimates.compare(a, b)
+        assert result["mean"] > 0 == result["se"] and not estimates.is_difference(result)
+        assert {result[key] for key in ("low", "high", "p", "detectable")} == {None}
+    cancelling = estimates.compare([1, 0, 1, 0], [0, 1, 0, 1], list("aabb"))  # within each cluster
+    assert (cancelling["mean"], cancelling["se"], cancelling["p"]) == (0, 0, None)
+    assert estimates.compare([1], [1])["p"] is None
+
+
 def test_a_comparison_is_paired():
     rng = np.random.default_rng(5)
     hardness = rng.uniform(size=400)
@@ -161,7 +214,6 @@ def test_a_comparison_is_paired():
     assert result["se"] < unpaired / 2 and estimates.is_difference(result) and result["p"] < 0.01
     assert result["low"] == pytest.approx(result["mean"] - 1.959964 * result["se"])
     assert result["correlation"] == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert estimates.compare([1, 0.5], [0.5, 0])["p"] == 0.0  # without any variance
 
 
 def test_p_is_uniform_without_and_power_is_80_percent_with_the_detectable_difference():
@@ -239,6 +291,9 @@ def test_what_is_not_judged_is_in_no_mean_and_counted(tmp_path):
     assert (result["tokens"], result["logprob_per_token"], result["distinct_answers"]) == (4, -0.5, 1.5)
     with pytest.raises(RunError, match=r"y: none of 2 completions was judged \(2 timeout\)"):
         results(tmp_path, ("y", [sampled("a", None, None)]))
+    for k in (0, -1):
+        with pytest.raises(RunError, match=f"--k 1 {k}: give numbers from 1 on"):
+            results(tmp_path, ("x", rows), k=[1, k])
     with pytest.raises(RunError, match="--k 4, but there are prompts with 3 completions"):
         results(tmp_path, ("x", rows), k=[4])
 
@@ -254,6 +309,8 @@ def test_a_second_reading(tmp_path):
     assert "loose" not in result
     row = sampled("q", 1.0, 0.0, dataset="math", texts=["The answer is $5$.", r"not $4$, $\boxed{5}$"])
     assert results(tmp_path, ("x", [row]))["results"][0]["strict"]["mean"] == 0.5
+    row = sampled("q", 1.0, 1.0, 1.0, dataset="math", texts=["#### $5$", r"so \boxed{5}", "\\boxed{5}\n#### 6"])  # the box alone
+    assert results(tmp_path, ("x", [row]))["results"][0]["strict"]["mean"] == 2 / 3
     truth = json.dumps({"instruction_id_list": ["startend:quotation"], "kwargs": [{}]})
     row = sampled("q", 0.0, 0.0, dataset="ifeval", ground_truth=truth, texts=['Sure:\n"Yes."', "No."])
     [result] = results(tmp_path, ("x", [row]))["results"]
@@ -267,7 +324,7 @@ def test_a_second_reading(tmp_path):
 def test_boxed_or_marked():
     assert boxed_or_marked("<think>\\boxed{1}</think> #### 2\n####3 \nso 4") == "####3 "
     assert boxed_or_marked(r"#### 2 but \boxed{\frac{1}{2}}") == r"\boxed{\frac{1}{2}}"
-    assert boxed_or_marked("It is 2 #### 3") == ""
+    assert boxed_or_marked("It is 2 #### 3") == boxed("#### 3") == boxed("<think>\\boxed{1}</think> 3") == ""
 
 
 def test_a_pass_is_a_share_of_the_highest_reward(tmp_path):
@@ -304,9 +361,26 @@ def test_seeds_are_repeats_and_models_are_not(tmp_path, capsys):
     assert "x: mean 0.500, from 0.250 to 0.750, deviation 0.3536 over 2 seeds" in out and "over 2 models" in out
     with pytest.raises(RunError, match=r"1.jsonl, row 1: .*the seed, the model and the prompt are those of .*0.jsonl, row 1"):
         results(tmp_path, ("x", first), ("x", first))
+    third = [{**row, "seed": 3} for row in second]
+    with pytest.raises(RunError, match=r"2.jsonl, row 1: .*the seed, the model and the prompt are those of .*1.jsonl, row 1"):
+        results(tmp_path, ("x", first), ("x", second), ("x", second), ("x", third))
     warmer = [{**row, "temperature": 0.5} for row in second]
     with pytest.raises(RunError, match="row 1: .*not the temperature and top_p"):
         results(tmp_path, ("x", first), ("x", warmer))
+
+
+def test_no_file_counts_twice(tmp_path):
+    file = write_jsonl(tmp_path / "x.jsonl", [sampled("a", 1.0, 0.0)])
+    (tmp_path / "link.jsonl").symlink_to(file)
+    (tmp_path / "folder").mkdir()
+    for other in (f"x={file}", f"{tmp_path}/folder/../x.jsonl", f"x={tmp_path}/link.jsonl", str(tmp_path)):
+        with pytest.raises(RunError, match=r"\.jsonl is there twice for x: its completions would count twice"):
+            evaluate.main(Args(results=[f"x={file}", other]))
+    (tmp_path / "folder/x.seed_1.jsonl").symlink_to(file)
+    (tmp_path / "folder/x.seed_2.jsonl").symlink_to(file)
+    with pytest.raises(RunError, match="twice"):
+        evaluate.main(Args(compare=(f"x={file}", str(tmp_path / "folder"))))
+    evaluate.main(Args(compare=(f"x={file}", f"x={file}")))  # of itself
 
 
 def test_clusters_and_subsets(tmp_path):
@@ -321,7 +395,14 @@ def test_clusters_and_subsets(tmp_path):
         assert (result[key]["mean"], result[key]["se"]) == (0.5, pytest.approx(se))
     assert result["pass@1"]["low"] == pytest.approx(max(0, 0.5 - 1.959964 * se))  # not Wilson's
     assert result["macro"]["mean"] == (1 + 1 / 4) / 2 and result["macro"]["subsets"]["hard"]["prompts"] == 4
+    expected = estimates.macro([1, 1, 0, 0, 1, 0], ["easy"] * 2 + ["hard"] * 4, [0, 0, 1, 1, 2, 2])
+    assert result["macro"]["se"] == pytest.approx(expected["se"]) and expected["se"] > 0
     assert "macro" not in results(tmp_path, ("x", rows))["results"][0]
+    with pytest.raises(RunError, match="--subset levl: no data set has this column in all rows"):
+        results(tmp_path, ("x", rows), subset="levl")
+    others = [sampled("r", 1.0), sampled("s", 0.0)]
+    found = results(tmp_path, ("x", rows), ("y", others), subset="level")["results"]
+    assert ["macro" in result for result in found] == [True, False]
     del rows[3]["text"]
     with pytest.raises(RunError, match="0.jsonl, row 4: no 'text', which --cluster asks for"):
         results(tmp_path, ("x", rows), cluster="text")
@@ -364,6 +445,15 @@ def test_a_difference_that_may_be_none_has_no_star(tmp_path, capsys):
     assert "*" not in out and "WARNING x: sampled with temperature 1 and 0.5" in out
 
 
+def test_a_difference_without_an_error_has_no_star(tmp_path, capsys):
+    a, b = ([sampled(question, reward) for question in "qrs"] for reward in (1.0, 0.0))
+    [result] = compared(tmp_path, {"x": a}, {"x": b})
+    assert (result["mean"], result["p"], result["detectable"]) == (1, None, None)
+    assert "| x | passes | 3 | 0 | 1.000 | 0.000 | 1.000 | - | - | - |" in capsys.readouterr().out
+    with pytest.raises(RunError, match="a/x.jsonl, row 1: no 'text', which --cluster asks for"):
+        evaluate.main(Args(compare=(str(tmp_path / "a"), str(tmp_path / "b")), cluster="text"))
+
+
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
@@ -384,14 +474,33 @@ def test_what_is_not_compared(tmp_path, a, b, message):
 def test_rows_that_are_none_of_generate(tmp_path):
     good = sampled("q", 1.0)
     for bad, message in (
-        ({"messages": [user("q")]}, "row 2: .*KeyError: 'reasons'"),
-        (good | {"rewards": [1.0, 0.0]}, r"row 2: .*zip\(\) argument 2 is longer"),
+        ({"messages": [user("q")]}, "row 2: .*: no field 'completions'"),
+        ([good], "row 2: .*: expected an object, found a list"),
+        (good | {"rewards": [1.0, 0.0]}, "row 2: .*: as many of each expected: 1 completions, 2 rewards, 1 reasons"),
+        (good | {"completions": "5"}, "row 2: .*: completions: expected a list, found '5'"),
+        (good | {"completions": [5]}, "row 2: .*: completions: expected a text, found 5"),
+        (good | {"rewards": ["1"]}, "row 2: .*: rewards: expected a number or null, found '1'"),
+        (good | {"rewards": [float("nan")]}, "row 2: .*: rewards: expected a number or null, found nan"),
+        (good | {"reasons": [None]}, "row 2: .*: reasons: expected a text, found None"),
+        (good | {"answers": [["5"]]}, r"row 2: .*: answers: expected a text, found \['5'\]"),
+        (good | {"ended": ["yes"]}, "row 2: .*: ended: expected true or false, found 'yes'"),
+        (good | {"tokens": [0]}, "row 2: .*: tokens: expected a whole number from 1 on, found 0"),
+        (good | {"tokens": ["4"]}, "row 2: .*: tokens: expected a whole number from 1 on, found '4'"),
+        (good | {"logprobs": ["-1"]}, "row 2: .*: logprobs: expected a number or several, found '-1'"),
+        (good | {"logprobs": [["-1"]]}, r"row 2: .*: logprobs: expected a number or several, found \['-1'\]"),
+        (good | {"model": ["m"]}, r"row 2: .*: model: expected a text or null, found \['m'\]"),
+        (good | {"temperature": None}, "row 2: .*: temperature: expected a number, found None"),
+        (good | {"seed": "1"}, "row 2: .*: seed: expected a number, found '1'"),
         (good | {"dataset": "mine"}, "row 2: .*no verifier is named 'mine'"),
         (good | {"messages": "q"}, "row 2: .*messages"),
         ("{", "row 2: .*property name"),
     ):
         with pytest.raises(RunError, match=message):
             results(tmp_path, ("x", [good, bad]))
+    rows = [good | {"logprobs": [[-1.0, float("-inf")]], "model": None}]  # of tokens each; of --score_only
+    assert results(tmp_path, ("x", rows))["results"][0]["model"] == "unknown"
+    rejected = sampled("q", None, 1.5, reasons=["rejected", "rejected"])  # by a reward model's template
+    assert "pass@1" not in results(tmp_path, ("x", [rejected]))["results"][0]
     with pytest.raises(RunError, match="no rows in"):
         results(tmp_path, ("x", []))
     with pytest.raises(RunError, match="Is a directory"):
@@ -493,6 +602,42 @@ def test_killed_and_repeated_the_same_bytes(start, tmp_path):
     assert files(tmp_path / "out") == whole and sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
 
+@pytest.mark.parametrize("moment", ["copyfile", "rename", "rmtree"])
+def test_killed_at_the_end_nothing_is_sampled_again(start, tmp_path, monkeypatch, moment):
+    _, flags = start
+    flags = flags | {"out": str(tmp_path / "out")}
+    calls = []
+
+    def second_call(*args, **kwargs):
+        calls.append(args)
+        if args[0] == tmp_path / ".out.unfinished" or len(calls) == 2 or moment == "rename":
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    owner = Path if moment == "rename" else evaluate.shutil
+    original = getattr(owner, moment)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, moment, second_call)
+        evaluate.main(Args(**flags))
+    assert calls
+    monkeypatch.setattr(Generator, "answer", killed)
+    if moment == "rmtree":  # all is there
+        assert set(os.listdir(tmp_path / "out")) == {"even.jsonl", "odd.jsonl", "results.json"}
+        return
+    assert not (tmp_path / "out").exists()
+    evaluate.main(Args(**flags))
+    assert set(os.listdir(tmp_path / "out")) == {"even.jsonl", "odd.jsonl", "results.json"} and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_column_that_is_not_there_is_found_before_sampling(start, tmp_path, monkeypatch):
+    folder, flags = start
+    monkeypatch.setattr(Generator, "write_part", killed)
+    with pytest.raises(RunError, match=f"^{folder}/even.jsonl, row 1: no 'text', which --cluster asks for"):
+        evaluate.main(Args(out=str(tmp_path / "out"), cluster="text", **flags))
+    with pytest.raises(RunError, match="--subset levl: no data set has this column in all rows"):
+        evaluate.main(Args(out=str(tmp_path / "out"), subset="levl", **flags))
+
+
 def killed(*_):
     raise KeyboardInterrupt
 
@@ -527,6 +672,13 @@ def test_shots_are_turns_before_the_question(start, tmp_path):
     copy = write_jsonl(tmp_path / "copy.jsonl", [{"messages": [user("odd 3?"), assistant("3!")]}])
     with pytest.raises(DataError, match="odd.jsonl, row 4: .*one of --shots"):
         evaluate.main(Args(out=str(tmp_path / "x"), shots=[f"odd={copy}"], num_shots=1, **flags))
+    prepare = Benchmark([[user("2+2?"), assistant("4")]], True)
+    made = prepare({"messages": [user("1+3?"), assistant("4")]})  # the same answer is no leak
+    assert made["messages"] == [user("2+2?"), assistant("4"), user("1+3?"), assistant("4")]
+    prepare({"messages": [user("Ask me."), assistant("2+2?"), user("5")]})
+    for messages in ([user("2+2? ")], [user("Hi."), assistant("Hello."), user("2+2?")], [{**user("2+2?"), "name": "x"}]):
+        with pytest.raises(ValueError, match="one of --shots"):
+            prepare({"messages": messages})
     with pytest.raises(DataError, match="shots.jsonl: 3 rows, fewer than --num_shots 8"):
         evaluate.main(Args(out=str(tmp_path / "x"), shots=[f"odd={shots}"], **flags))
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}])
@@ -548,6 +700,10 @@ def test_benchmarks_are_read_as_they_are_published(tmp_path):
     shots = read_shots(str(shared("data/gsm8k/train.jsonl")), 8)
     assert len(shots) == 8 and "####" in shots[7][1]["content"]
     assert len(Benchmark(shots, False)(made[0])["messages"]) == 17
+    with pytest.raises(ValueError, match="rows of the shape Alpaca become messages, and no prompts"):
+        Benchmark([], False)({"instruction": "Say 5.", "output": "5"})
+    with pytest.raises(DataError, match="humaneval.jsonl, row 1: rows of the shape HumanEval become prompts, and no messages"):
+        read_shots(str(shared("data/code/humaneval.jsonl")), 1)
     with pytest.raises(ValueError, match="no known shape has the columns text"):
         Benchmark([], False)({"text": "x"})
     with pytest.raises(ValueError, match="no field 'ground_truth'"):
@@ -573,7 +729,14 @@ def test_presets_are_defaults():
     [
         ({"temperature": 0.0}, "even: at temperature 0 the 2 completions of a prompt are all the same"),
         ({"k": [3]}, "even: --k 3 needs as many completions; --n and --seeds make 2"),
-        ({"k": [0]}, "--k 0"),
+        ({"k": [0]}, "--k 0: give numbers from 1 on"),
+        ({"k": []}, "--k : give numbers from 1 on"),
+        ({"n": 0}, "--n 0 is out of range"),
+        ({"slots": 0}, "--slots 0 is out of range"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0 is out of range"),
+        ({"shots": ["even=x"], "num_shots": -1}, "--num_shots -1 is out of range"),
+        ({"seeds": []}, "--seeds : give each once"),
+        ({"seeds": [10**30]}, "--seeds 1000.*: give each once, and none below 0 or above 1e18"),
         ({"seeds": [1, 1]}, "--seeds 1 1: give each once"),
         ({"data": ["even.jsonl"]}, "--data even.jsonl: expected NAME=FILE"),
         ({"shots": ["other=x.jsonl"]}, "a NAME of --shots has to be one of them"),

@@ -32,6 +32,8 @@ def as_shape(row, target):
         name, targets = convert.shape_of("", None, row, target)
     except common.DataError as error:
         raise ValueError(error.args[2]) from None
+    if target not in targets:
+        raise ValueError(f"rows of the shape {name} become {' or '.join(targets)}, and no {target}")
     made = convert.attempt(name, target, row, convert.Args([], ""))
     if isinstance(made, common.Skip):
         raise made
@@ -47,6 +49,7 @@ class Benchmark:
 
     def __init__(self, shots, has_judge):
         self.shots, self.has_judge = shots, has_judge
+        self.questions = [question["content"].strip() for question, _ in shots]
         sources = [inspect.getsource(part) for part in (Benchmark, as_shape, convert.attempt, prompts)]
         self.key = json.dumps([shots, has_judge, sources])
 
@@ -57,7 +60,8 @@ class Benchmark:
         if not self.has_judge:
             common.row_job(row)
         messages = common.read_conversation(row, needs_answer=False)
-        if any(message in turns for message in messages for turns in self.shots):
+        asked = [message["content"].strip() for message in messages if message["role"] == "user"]
+        if set(asked) & set(self.questions):
             raise ValueError("messages: this question is one of --shots")
         begin = messages[0]["role"] in ("system", "developer")
         return {**row, "messages": messages[:begin] + sum(self.shots, []) + messages[begin:]} if self.shots else row

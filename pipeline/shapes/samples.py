@@ -1,16 +1,61 @@
-"""Rows of pipeline.generate, gathered by prompt: all that was sampled for it, by one model or several."""
+"""Rows of pipeline.generate: what they have to have; and those of one prompt, by one model or several, together."""
 
 import json
+import math
 import random
 from collections import Counter, namedtuple
 
 import common
+from pipeline.shapes.encoder import SAMPLED
 
-EACH = "completions reasons ended tokens".split()  # columns that are read, beside `rewards`
-ADDED = [*EACH, *"rewards answers token_ids logprobs model temperature top_p seed".split()]  # `reference`: an answer
+ANSWERED = "messages conversations prompt completion system chosen rejected margin".split()  # written anew
 
-Group = namedtuple("Group", "key messages rows samples")  # rows: [(number in its file, JSON without ADDED), ...]
+Group = namedtuple("Group", "key messages rows samples")  # rows: [(number in its file, JSON of `unsampled`), ...]
 Sample = namedtuple("Sample", "reward text reason ended tokens model number")  # numbers tell equal ones apart
+
+
+def is_number(value):
+    return type(value) in (int, float) and not math.isnan(value)  # minus infinity is a log-probability
+
+
+TEXT = "a text", lambda value: isinstance(value, str)
+NUMBER = "a number", is_number
+EACH = {  # of each completion: {field: what it has to be, and whether a value is that}
+    "completions": TEXT,
+    "rewards": ("a number or null", lambda value: value is None or is_number(value) and math.isfinite(value)),
+    "reasons": TEXT,
+    "answers": TEXT,
+    "ended": ("true or false", lambda value: isinstance(value, bool)),
+    "tokens": ("a whole number from 1 on", lambda value: type(value) is int and value > 0),
+    "logprobs": ("a number or several", lambda value: all(map(is_number, value if type(value) is list else [value]))),
+}
+OF_ALL = {
+    "model": ("a text or null", lambda value: value is None or isinstance(value, str)),
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "seed": NUMBER,
+}
+FIELDS = EACH | OF_ALL
+
+
+def check_fields(row, names):
+    """Raises ValueError unless a row has these fields of FIELDS, and those of EACH with as many entries each."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found a {type(row).__name__}")
+    sizes = {}
+    for name in names:
+        if name not in row:
+            raise ValueError(f"no field {name!r}")
+        if name in EACH and not isinstance(row[name], list):
+            raise ValueError(f"{name}: expected a list, found {row[name]!r:.60}")
+        what, is_so = FIELDS[name]
+        for value in row[name] if name in EACH else [row[name]]:
+            if not is_so(value):
+                raise ValueError(f"{name}: expected {what}, found {value!r:.60}")
+        if name in EACH:
+            sizes[name] = len(row[name])
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"as many of each expected: {', '.join(f'{size} {name}' for name, size in sizes.items())}")
 
 
 def read_groups(args):
@@ -20,24 +65,26 @@ def read_groups(args):
         for number, row in common.read_rows(source):
             try:
                 messages = common.read_conversation(row, needs_answer=False)
-                rewards = [reward if reward is None else round(reward, 6) for reward in row["rewards"]]
-                others = [row[name] for name in EACH]
-                if not all(isinstance(text, str) for text in row["completions"]):
-                    raise TypeError("completions has what is no text")
-                samples = list(zip(rewards, *others, [row["model"]] * len(rewards), strict=True))
-            except (KeyError, TypeError, ValueError) as error:
-                why = f"no field {error}" if isinstance(error, KeyError) else error
-                raise common.DataError(source, number, f"not a file of pipeline.generate: {why}") from None
+                check_fields(row, ("completions", "rewards", "reasons", "ended", "tokens", "model"))
+            except ValueError as error:
+                raise common.DataError(source, number, f"not usable as a row of generate: {error}") from None
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             judges = [] if is_delta(args) else [row.get("dataset"), row.get("ground_truth")]
             key = json.dumps([messages, row.get("tools"), row.get("chat_template_kwargs"), *judges], sort_keys=True)
             group = groups.setdefault(key, Group(key, messages, [], []))
-            group.rows.append((number, json.dumps({name: row[name] for name in row if name not in ADDED})))
-            for sample in samples:
-                group.samples.append(Sample(*sample, len(group.samples)))
-            models[row["model"]] += len(samples)
+            group.rows.append((number, json.dumps(unsampled(row))))
+            rewards = [reward if reward is None else round(reward, 6) for reward in row["rewards"]]
+            others = [row[name] for name in ("completions", "reasons", "ended", "tokens")]
+            for sample in zip(rewards, *others, strict=True):
+                group.samples.append(Sample(*sample, row["model"], len(group.samples)))
+            models[row["model"] or "unknown"] += len(rewards)
     print(f"{len(groups)} prompts, completions: {', '.join(f'{models[name]} of {name}' for name in sorted(models))}")
     return sorted(groups.values(), key=lambda group: min(group.rows))
+
+
+def unsampled(row):
+    """The row without what generate adds, but `reference`."""
+    return {name: row[name] for name in row if name not in (*SAMPLED, "scored_by")}
 
 
 def is_delta(args):
@@ -70,17 +117,41 @@ def candidates(group, args, left_out):
     return found
 
 
-def answered(group, sample):
-    return [*group.messages, {"role": "assistant", "content": sample.text}]
+def answered(group, answer):
+    """The conversation with its answer, a text or a message."""
+    return [*group.messages, answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
 
 
-def columns(group, without=()):
-    """The row as it came to generate, with `reference`: the first of its rows, whatever the order of the files."""
-    return {name: value for name, value in json.loads(min(group.rows)[1]).items() if name not in without}
+def split(group):
+    """(row, reference): what generate was given, without the last answer; and that answer, a text, a message or None.
+
+    It is the first of the group's rows, whatever the order of the files. A `reference` of another type is no answer.
+    """
+    row = json.loads(min(group.rows)[1])
+    reference = row.get("reference")
+    is_answer = isinstance(reference, str) or isinstance(reference, dict) and reference.get("role") == "assistant"
+    return row, row.pop("reference") if is_answer else None
+
+
+def other_columns(group):
+    """What stays of the row when it gets another answer."""
+    row, _ = split(group)
+    return {name: value for name, value in row.items() if name not in ANSWERED}
 
 
 def gap(a, b):
     return round(a.reward - b.reward, 6)
+
+
+def match(chosen, rejected, may):
+    """Pairs that share nothing: each of `chosen`, in its order, with the first of `rejected` left that it may have."""
+    pairs, used = [], set()
+    for a in chosen:
+        b = next((b for b in rejected if a != b and not {a, b} & used and may(a, b)), None)
+        if b is not None:
+            pairs.append((a, b))
+            used |= {a, b}
+    return pairs
 
 
 def print_histogram(before, after):
