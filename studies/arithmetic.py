@@ -56,5 +56,6 @@ def shown(numbers, digits=3):
 def write(name, results):
     """Writes studies/results/NAME.json, with what it was measured with."""
     RESULTS.mkdir(exist_ok=True)
-    about = environment(f"../studies/{name}.py", "studies", "demo", packages=("torch", "transformers", "datasets"))
+    about = environment("", "studies", "demo", "pipeline", packages=("torch", "transformers", "datasets"))
+    about["command"] = f"python studies/{name}.py --seeds {' '.join(map(str, results['seeds']))}"
     (RESULTS / f"{name}.json").write_text(json.dumps(about | results, indent=1) + "\n")
