@@ -53,6 +53,11 @@ def shown(numbers, digits=3):
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def spread(numbers, digits=3):
+    """'0.891 (0.880 to 0.902)': the mean, the lowest and the highest; of two seeds an interval would say nothing."""
+    return f"{np.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
 def write(name, results):
     """Writes studies/results/NAME.json, with what it was measured with."""
     RESULTS.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from arithmetic import IMAGES, demo, interval, measure, shown, write
+from arithmetic import IMAGES, demo, interval, measure, spread, write
 
 import plot
 import prepare
@@ -138,13 +138,14 @@ def draw(results, fitted, path):
 
 def table(results, key):
     """Lines of a Markdown table: a budget each, a column for each share."""
+    digits = 0 if key == "pairs" else 3
     yield "| examples | " + " | ".join(f"{share:.0%} pairs" for share in SHARES) + " |"
     yield "|---" * (1 + len(SHARES)) + "|"
     for budget in sorted({row["budget"] for row in results}):
         cells = []
         for share in SHARES:
             numbers = [row[key] for row in results if (row["budget"], row["share"]) == (budget, share)]
-            cells.append(shown(numbers) if numbers else "")
+            cells.append(spread(numbers, digits) if numbers else "")
         yield f"| {budget:,} | {' | '.join(cells)} |"
 
 
