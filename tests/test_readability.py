@@ -1,6 +1,7 @@
 """The rules that keep the scripts readable hold, and each rule notices when it is broken."""
 
 import pytest
+from conftest import ROOT
 from readability import PLUMBING, RULES, sources
 
 
@@ -100,3 +101,9 @@ def test_a_file_beside_the_scripts_is_noticed():
 def test_docstring_rule_notices():
     files = {**sources(), "common.py": 'def f():\n    pass\n\ndef g():\n    """Does it."""\n    raise ValueError\n'}
     assert len(rule_named("public_docstrings")(files)) == 2
+
+
+def test_a_file_of_the_pipeline_is_read_in_one_sitting():
+    limits = {path.name: 100 if path.stem == "chat" else 250 for path in (ROOT / "pipeline").glob("*.py")}
+    lines = {name: len((ROOT / "pipeline" / name).read_text(encoding="utf-8").splitlines()) for name in limits}
+    assert len(limits) > 10 and not {name: count for name, count in lines.items() if count > limits[name]}
