@@ -95,6 +95,6 @@ def thinks(text):
 if __name__ == "__main__":
     with contextlib.suppress(EOFError):  # Ctrl-D
         try:
-            main(tyro.cli(Args, description=__doc__, use_underscores=True))
+            main(tyro.cli(Args, description=__doc__, use_underscores=True, prog="python -m pipeline.chat"))
         except (RunError, ValueError, OSError, KeyboardInterrupt) as error:
             sys.exit(f"error: {first_line(error)}")

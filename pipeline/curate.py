@@ -241,6 +241,7 @@ def write(files):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Sft | Pairs | Prompts, description=__doc__, use_underscores=True))
+        kinds = Sft | Pairs | Prompts
+        main(tyro.cli(kinds, description=__doc__, use_underscores=True, prog="python -m pipeline.curate"))
     except common.RunError as error:
         sys.exit(f"error: {error}")

@@ -245,6 +245,6 @@ def report_lines(index, sources, args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+        main(tyro.cli(Args, description=__doc__, use_underscores=True, prog="python -m pipeline.decontaminate"))
     except common.RunError as error:
         sys.exit(f"error: {error}")

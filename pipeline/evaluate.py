@@ -28,7 +28,7 @@ import tyro
 import common
 from pipeline.generate import RANGES
 from pipeline.generator import Generator, Sampling
-from pipeline.ranks import on_rank0, run
+from pipeline.ranks import on_rank0, run, say
 from pipeline.scores import judge_again, read
 from pipeline.shapes.benchmarks import Benchmark, read_shots
 from pipeline.tables import (
@@ -102,7 +102,7 @@ def main(args):
 
 def report(args, folder, samples):
     """Computes what is asked for, prints it, and publishes it as --out, with a copy of the samples in the folder."""
-    results = {"flags": asdict(args), "settings": {name: settings(args, name) for name, *_ in samples}}
+    results = {"flags": asdict(args), "settings": {name: recorded(args, name) for name, *_ in samples}}
     if args.compare:
         results["differences"] = compare(*[read([side], args) for side in args.compare], args)
         lines = table_of_comparison(results["differences"])
@@ -137,6 +137,8 @@ def sample(args, folder):
     chosen = {name: settings(args, name) for name in sources}
     for name in sources:
         check_counts(name, **chosen[name])
+        if args.preset == "tulu3" and name.lower().startswith(("gsm8k", "math")) and name not in shots:
+            say(f"WARNING {name}: tulu3 has {chosen[name]['num_shots']} shots for it, and here are none: give --shots")
     generator = Generator(sampling(args, next(iter(chosen.values()))), args.model)
     rows = {}
     for name, source in sources.items():
@@ -163,6 +165,12 @@ def settings(args, name):
     for begins, values in PRESETS[args.preset].items():
         chosen |= values if name.lower().startswith(begins) else {}
     return chosen | {flag: getattr(args, flag) for flag in DEFAULTS if getattr(args, flag) is not None}
+
+
+def recorded(args, name):
+    """The settings as results.json has them: without --shots there are none."""
+    has_shots = any(spec.startswith(f"{name}=") for spec in args.shots)
+    return settings(args, name) | ({} if has_shots else {"num_shots": 0})
 
 
 def check_counts(name, n, seeds, temperature, k, **_):

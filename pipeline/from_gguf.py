@@ -147,6 +147,6 @@ def convert(file, out, dtype):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+        main(tyro.cli(Args, description=__doc__, use_underscores=True, prog="python -m pipeline.from_gguf"))
     except RunError as error:
         sys.exit(f"error: {error}")

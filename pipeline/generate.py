@@ -98,7 +98,8 @@ def account(path):
     if not tokens:
         return f"{path}: written"
     mean = f"mean reward {np.mean(rewards):.4f}, " if rewards else ""
-    found = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    names = {"none": "not judged, as no verifier is named", "score": "scored by the reward model"}
+    found = ", ".join(f"{count} {names.get(reason, reason)}" for reason, count in reasons.most_common())
     lengths = f"{np.mean(tokens):.1f} tokens in the mean, {ended / len(tokens):.1%} ended"
     return f"{path}: {len(tokens)} completions, {mean}{lengths} ({found})"
 

@@ -98,8 +98,10 @@ def models_of(path):
     if (run / "model" / "config.json").exists():
         found[common.read_run_config(run).get("steps", 0)] = run / "model"
     whole = run.resolve() if run.exists() else run
-    name = whole.parent.name if whole.name == "model" else whole.name
-    return [(name, step, str(folder)) for step, folder in found.items()] or [(name, 0, path)]
+    if found or whole.name != "model":
+        return [(whole.name, step, str(folder)) for step, folder in found.items()] or [(whole.name, 0, path)]
+    is_run = (whole.parent / "metrics.jsonl").exists()  # the final model of a run, which is called as the run
+    return [(whole.parent.name, common.read_run_config(whole.parent)["steps"] if is_run else 0, path)]
 
 
 def read_with(scorer, samples, path):
@@ -182,7 +184,7 @@ def report(args, folder, files, line):
         path.rename(folder / name)
     common.sync_to_disk(folder)
     folder.rename(args.out)
-    print(text, end="")
+    print(f"{text}{args.out}: kl.tsv, kl.png and all completions are there")
 
 
 def rows_of(path):

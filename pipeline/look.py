@@ -205,6 +205,6 @@ def token_texts(tokenizer, input_ids):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+        main(tyro.cli(Args, description=__doc__, use_underscores=True, prog="python -m pipeline.look"))
     except common.RunError as error:
         sys.exit(f"error: {error}")

@@ -245,6 +245,6 @@ def add_squares(squares, name, tensors):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+        main(tyro.cli(Args, description=__doc__, use_underscores=True, prog="python -m pipeline.merge"))
     except RunError as error:
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ def run(main, args_class, doc):
     code = 0
     try:
         with contextlib.redirect_stdout(None) if rank() else contextlib.nullcontext():
-            args = tyro.cli(args_class, description=doc, use_underscores=True)
+            program = f"python -m pipeline.{Path(sys.argv[0]).stem}"
+            args = tyro.cli(args_class, description=doc, use_underscores=True, prog=program)
             join()
             main(args)
     except SystemExit as end:

@@ -115,8 +115,9 @@ def compare(a, b, args):
         sides.append({name: (model, table) for (name, model), table in tables.items()})
         if len(sides[-1]) < len(tables):
             raise common.RunError("--compare: a side has several models; --results gives their mean and range")
-    if only := sides[0].keys() ^ sides[1].keys():
-        raise common.RunError(f"--compare: only one side has the data set {min(only)}")
+    if sides[0].keys() != sides[1].keys():
+        names = [", ".join(sorted(side)) for side in sides]
+        raise common.RunError(f"--compare: one side has {names[0]}, the other {names[1]}: NAMEs have to be the same")
     rows = {name: [(each.where, each.row) for each in table.values()] for name, (_, table) in sides[0].items()}
     check_columns(rows, args)
     results = []

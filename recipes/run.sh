@@ -11,7 +11,11 @@ read -ra python <<< "${PYTHON:-python}"                              # starts a 
 # NAME=FILE of every benchmark, which is $BENCH/NAME.jsonl; and of its examples, $BENCH/shots/NAME.jsonl.
 benchmarks=()
 shots=()
-if [ "${BENCH:?is a folder with a file NAME.jsonl for each benchmark, or none: see recipes/README.md}" != none ]; then
+if [ -z "${BENCH:-}" ]; then
+    echo "error: BENCH has to be a folder with a file NAME.jsonl for each benchmark, or none: see recipes/README.md" >&2
+    exit 1
+fi
+if [ "$BENCH" != none ]; then
     for file in "$BENCH"/*.jsonl; do
         test -f "$file" || { echo "error: BENCH=$BENCH holds no .jsonl file" >&2; exit 1; }
         benchmarks+=("$(basename "$file" .jsonl)=$file")

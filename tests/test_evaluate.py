@@ -460,7 +460,7 @@ def test_a_difference_without_an_error_has_no_star(tmp_path, capsys):
         ({"x": [sampled("q", 1.0)]}, {"x": [sampled("q", 1.0), sampled("r", 1.0)]}, "x: the other .* prompt and .* of .*b/x.jsonl, row 2"),
         ({"x": [sampled("q", 1.0), sampled("r", 1.0)]}, {"x": [sampled("q", 1.0)]}, "x: the other .* prompt and .* of .*a/x.jsonl, row 2"),
         ({"x": [sampled("q", 1.0)]}, {"x": [sampled("q", 1.0, ground_truth="6")]}, "the prompt and ground truth of .*a/x.jsonl, row 1"),
-        ({"x": [sampled("q", 1.0)]}, {"x": [sampled("q", 1.0)], "y": [sampled("q", 1.0)]}, "only one side has the data set y"),
+        ({"x": [sampled("q", 1.0)]}, {"x": [sampled("q", 1.0)], "y": [sampled("q", 1.0)]}, "one side has x, the other x, y: NAMEs have to be the same"),
         ({"x": [sampled("q", 1.0), sampled("r", 1.0, model="n")]}, {"x": [sampled("q", 1.0)]}, "a side has several models"),
         ({"x": [sampled("q", 1.0)]}, {"x": [sampled("q", None)]}, "x: no prompt is judged on both sides"),
     ],
@@ -828,3 +828,10 @@ def test_lm_evaluation_harness_gets_the_same_answers(tmp_path, begins):
     assert [row["resps"][0][0] for row in theirs] == [row["completions"][0] for row in ours]
     assert len({row["completions"][0] for row in ours}) > 4 and len(ours) == 8
     assert all(row["arguments"]["gen_args_0"]["arg_0"].count("<|assistant|>") == 2 for row in theirs)
+
+
+def test_shots_that_are_not_given_are_none(start, tmp_path, capsys):
+    folder, flags = start
+    evaluate.main(Args(out=str(tmp_path / "out"), preset="tulu3", **flags | {"data": [f"gsm8k={folder}/odd.jsonl"], "n": 1, "temperature": 0.0}))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["gsm8k"]["num_shots"] == 0
+    assert "WARNING gsm8k: tulu3 has 8 shots for it" in capsys.readouterr().out

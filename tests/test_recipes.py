@@ -384,7 +384,7 @@ def test_errors(recipe, tmp_path):
     assert not recipe("recipes/tulu3_8b.sh", "sft", "rm", code=1)
     assert "error: there is no stage rm: clean sft dpo reward_model rlvr kl candidates pairs" in recipe.said
     assert not recipe("recipes/tulu3_8b.sh", BENCH="", code=1)
-    assert "BENCH: is a folder with a file NAME.jsonl for each benchmark, or none" in recipe.said
+    assert "error: BENCH has to be a folder with a file NAME.jsonl for each benchmark, or none" in recipe.said
     (tmp_path / "empty").mkdir()
     assert not recipe("recipes/tulu3_8b.sh", BENCH=str(tmp_path / "empty"), code=1)
     assert f"error: BENCH={tmp_path}/empty holds no .jsonl file" in recipe.said
