@@ -10,7 +10,6 @@ row is the first in SHAPES whose columns it has; what its values mean is one fun
 """
 
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ import tyro
 
 from common import DataError, RunError, Skip, read_rows
 from pipeline.shapes import messages, pairs, prompts
+from pipeline.shapes.files import writing
 
 
 @dataclass
@@ -101,19 +101,10 @@ def main(args):
     target = args.to or only_target(args.rows[0])
     if (args.format or args.verifier) and target != "prompts":
         raise RunError("--format and --verifier are for --to prompts")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for source in args.rows:
-                for row in convert(source, target, args):
-                    file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(args.out) as file:
+        for source in args.rows:
+            for row in convert(source, target, args):
+                file.write(json.dumps(row) + "\n")
 
 
 def only_target(source):

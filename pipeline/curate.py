@@ -15,18 +15,19 @@ other prompts or the order of files. The rules of `pairs`:
     delta         the strong model's against the weak one's, judged or not (delta learning, arXiv 2507.06187)
 """
 
+import contextlib
 import json
 import os
 import random
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
 import common
+from pipeline.shapes.files import writing
 from pipeline.shapes.samples import (
     Sample,
     answered,
@@ -220,23 +221,16 @@ def prompt_row(group, args):
 
 
 def write(files):
-    """Writes {path: rows} as JSON lines, each under a temporary name until all are whole."""
-    hidden = {path: Path(path).with_name(f".{Path(path).name}.unfinished") for path in files}
+    """Writes {path: rows} as JSON lines; none until all are whole. RunError if a disk does not take them."""
     try:
-        for path, rows in files.items():
-            hidden[path].parent.mkdir(parents=True, exist_ok=True)
-            with open(hidden[path], "w", encoding="utf-8") as file:
+        with contextlib.ExitStack() as stack:
+            for path, rows in files.items():
+                file = stack.enter_context(writing(path))
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, rows in files.items():
-            os.replace(hidden[path], path)
-            print(f"{path}: {len(rows)} rows written")
     except OSError as error:
         raise common.RunError(f"{error.filename} cannot be written: {common.first_line(error)}") from None
-    finally:
-        for path in hidden.values():
-            path.unlink(missing_ok=True)
+    for path, rows in files.items():
+        print(f"{path}: {len(rows)} rows written")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Killed, the same command goes on. What is sampled does not depend on the number 
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from kernels.sampler import Completion
 from pipeline.generator import Generator, Sampling
 from pipeline.models import RewardModel
 from pipeline.ranks import on_rank0, run, say
+from pipeline.shapes.files import lines_of, writing
 from rewards.environment import StopStrings, texts
 
 RANGES = {"n": (1, 1e6), "max_new_tokens": (1, 1e9), "temperature": (0, 100), "top_p": (1e-6, 1), "slots": (1, 1e6),
@@ -73,14 +73,10 @@ def main(args):
 
 def publish(parts, out):
     """Makes one file of several, and says what is in it."""
-    whole = out.with_name(f".{out.name}.whole")
-    with open(whole, "wb") as file:
+    with writing(out) as file:
         for part in parts:
-            with open(part, "rb") as lines:
+            with open(part, encoding="utf-8") as lines:
                 shutil.copyfileobj(lines, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(whole, out)
     for part in parts:
         part.unlink()
     say(account(out))
@@ -89,14 +85,11 @@ def publish(parts, out):
 def account(path):
     """One line on the completions in a file: how many, rewards, ends, lengths."""
     rewards, reasons, tokens, ended = [], Counter(), [], 0
-    with open(path, encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            rewards += [reward for reward in row.get("rewards", []) if reward is not None]
-            reasons.update(row.get("reasons", []))
-            tokens += row.get("tokens", [])
-            ended += sum(row.get("ended", []))
-    if not tokens:
-        return f"{path}: written"
+    for _, row in lines_of(path):
+        rewards += [reward for reward in row["rewards"] if reward is not None]
+        reasons.update(row["reasons"])
+        tokens += row["tokens"]
+        ended += sum(row["ended"])
     mean = f"mean reward {np.mean(rewards):.4f}, " if rewards else ""
     names = {"none": "not judged, as no verifier is named", "score": "scored by the reward model"}
     found = ", ".join(f"{count} {names.get(reason, reason)}" for reason, count in reasons.most_common())

@@ -18,6 +18,7 @@ compare with: the mean reward of the best of n out of N completions of π_ref, a
 is at most (arXiv 2401.01879). OUT gets kl.tsv, kl.png, and all completions.
 """
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -35,6 +36,7 @@ from pipeline.generate import RANGES, Scorer
 from pipeline.generator import Generator, Sampling
 from pipeline.models import RewardModel
 from pipeline.ranks import on_rank0, run
+from pipeline.shapes.files import lines_of
 
 matplotlib.use("Agg")  # writes files, needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -61,16 +63,18 @@ def main(args):
     if out.exists():
         raise common.RunError(f"--out {out} is there already: delete it, or choose another")
     folder = out.with_name(f".{out.name}.unfinished")
-    models = [model for path in args.model for model in models_of(path)]
-    names = Counter(name for path in args.model for name in {name for name, _, _ in models_of(path)})
-    for name, count in names.items():
+    runs = [models_of(path) for path in args.model]
+    for name, count in Counter(models[0][0] for models in runs).items():
         if count > 1:
             raise common.RunError(f"--model: {count} are called {name}")
+    vocabulary = common.load_tokenizer(args.ref, "chatml").get_vocab()  # its own template plays no part
     scorer = RewardModel(args.reward_model, args.content_tokens) if args.reward_model else None
     samples, own, chats = {}, {}, {}  # (name, step): file, file, common.ChatFormat
-    for name, step, path in models:
+    for name, step, path in itertools.chain(*runs):
         key, file = (name, step), f"{name}.step_{step}.jsonl"
         generator = Generator(args, path, scorer)
+        if generator.chat.tokenizer.get_vocab() != vocabulary:
+            raise common.RunError(f"{name} has another vocabulary than --ref: there is no KL between them")
         samples[key] = generator.write_part(generator.load(args.data), folder / file)
         own[key] = read_with(Scorer(args, path, sampler=generator.sampler), samples[key], folder / f"own.{file}")
         chats[key] = generator.chat
@@ -81,10 +85,8 @@ def main(args):
         line = generator.write_part(generator.load(args.data), folder / "best_of.jsonl")
         generator.close()
     reference = Scorer(args, args.ref)
-    vocabulary, by_ref = reference.chat.tokenizer.get_vocab(), {}
+    by_ref = {}
     for key, file in samples.items():
-        if chats[key].tokenizer.get_vocab() != vocabulary:
-            raise common.RunError(f"{key[0]} has another vocabulary than --ref: there is no KL between them")
         reference.chat = chats[key]  # π_ref reads the tokens that π has read, whatever its own template is
         by_ref[key] = read_with(reference, file, folder / f"ref.{key[0]}.step_{key[1]}.jsonl")
     reference.close()
@@ -163,11 +165,12 @@ def report(args, folder, files, line):
     """Writes kl.tsv and kl.png, gives the samples their names, publishes the folder and prints the table."""
     points = []
     for (name, step), (own, by_ref) in files.items():
-        points.append({"name": name, "step": step, **measure(rows_of(own), rows_of(by_ref))})
+        rows, ref_rows = ([row for _, row in lines_of(file)] for file in (own, by_ref))
+        points.append({"name": name, "step": step, **measure(rows, ref_rows)})
     columns = max(points, key=len).keys()
     for point in points:  # None: too few prompts
         point.update({column: "" for column in columns if point.get(column) is None})
-    best = best_of(rows_of(line)) if line else []
+    best = best_of([row for _, row in lines_of(line)]) if line else []
     text = "\t".join(columns) + "\n"
     text += "".join("\t".join(shown(point[column]) for column in columns) + "\n" for point in points)
     common.replace_text(folder / "kl.tsv", text)
@@ -185,12 +188,6 @@ def report(args, folder, files, line):
     common.sync_to_disk(folder)
     folder.rename(args.out)
     print(f"{text}{args.out}: kl.tsv, kl.png and all completions are there")
-
-
-def rows_of(path):
-    """The rows of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def shown(value):

@@ -1,6 +1,5 @@
 """Files of samples, as generate writes them → prompts with all their completions, and which of these pass."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import common
 from pipeline.ranks import judges
-from pipeline.shapes.samples import FIELDS, check_fields
+from pipeline.shapes.files import lines_of
+from pipeline.shapes.samples import FIELDS, asked, check_fields, prompt_key
 from rewards.environment import ROUNDING, RowJobs, highest_reward
 from rewards.jobs import split_job
 from rewards.mathematics import last_box
@@ -120,19 +120,6 @@ def read(specs, args):
     return tables
 
 
-def lines_of(path):
-    """Yields (number, row) of a file of JSON lines, without `datasets`' cache: samples are large. Raises DataError."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield number, json.loads(line)
-    except OSError as error:
-        raise common.DataError(path, None, error.strerror) from None
-    except ValueError as error:
-        raise common.DataError(path, number, common.first_line(error)) from None
-
-
 def files_of(spec):
     """[(NAME, path), ...] of one entry of `read`."""
     path = Path(spec)
@@ -146,8 +133,7 @@ def files_of(spec):
 def as_prompt(where, row, jobs, args):
     """(key, Prompt) of a row. Raises ValueError, TypeError or RunError for one that is none."""
     check_fields(row, FIELDS)
-    messages = common.read_conversation(row, needs_answer=False)
-    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    messages = asked(row)
     parts, highest = [], None
     if not NO_VERIFIER & set(row["reasons"]):
         names, *rest = jobs(row, messages)
@@ -161,9 +147,7 @@ def as_prompt(where, row, jobs, args):
         if reward is not None and highest is not None:
             passes = reward >= args.pass_threshold * highest - ROUNDING
         completions.append(Completion(text, reward, reason, answer, ended, tokens, logprob, row["seed"], passes))
-    others = [row.get(name) for name in ("tools", "chat_template_kwargs", "dataset", "ground_truth")]
-    key = json.dumps([messages, *others], sort_keys=True)
-    return key, Prompt(where, {row["seed"]: where}, row, verifier, ground_truth, highest, completions)
+    return prompt_key(row), Prompt(where, {row["seed"]: where}, row, verifier, ground_truth, highest, completions)
 
 
 def judge_again(tables, args):

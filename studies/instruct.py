@@ -27,6 +27,8 @@ from pathlib import Path
 
 from arithmetic import demo
 
+from pipeline.shapes.files import lines_of
+
 # At temperature 1 many answers of this model are no sense.
 SAMPLING = {"max_length": 320, "max_new_tokens": 80, "temperature": 0.7}
 HELD_OUT = 240  # prompts; if paired differences have a deviation of 0.55, one of 0.1 is found in 80 % of experiments
@@ -83,8 +85,7 @@ def question(row):
 
 def rows_of(path):
     """The rows of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [row for _, row in lines_of(path)]
 
 
 def train(model, out, seed, only):

@@ -58,19 +58,29 @@ def check_fields(row, names):
         raise ValueError(f"as many of each expected: {', '.join(f'{size} {name}' for name, size in sizes.items())}")
 
 
+def asked(row):
+    """The messages of a row's prompt. ValueError as common.read_conversation."""
+    messages = common.read_conversation(row, needs_answer=False)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def prompt_key(row, is_judged=True):
+    """What is equal in rows of one prompt, as text; is_judged: and of one ground truth."""
+    names = ["tools", "chat_template_kwargs", *(["dataset", "ground_truth"] if is_judged else [])]
+    return json.dumps([asked(row), *(row.get(name) for name in names)], sort_keys=True)
+
+
 def read_groups(args):
     """The Groups of all files, whose order does not matter; prints their size. Raises DataError."""
     groups, models = {}, Counter()
     for source in args.data:
         for number, row in common.read_rows(source):
             try:
-                messages = common.read_conversation(row, needs_answer=False)
+                messages = asked(row)
                 check_fields(row, ("completions", "rewards", "reasons", "ended", "tokens", "model"))
             except ValueError as error:
                 raise common.DataError(source, number, f"not usable as a row of generate: {error}") from None
-            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            judges = [] if is_delta(args) else [row.get("dataset"), row.get("ground_truth")]
-            key = json.dumps([messages, row.get("tools"), row.get("chat_template_kwargs"), *judges], sort_keys=True)
+            key = prompt_key(row, is_judged=not is_delta(args))
             group = groups.setdefault(key, Group(key, messages, [], []))
             group.rows.append((number, json.dumps(unsampled(row))))
             rewards = [reward if reward is None else round(reward, 6) for reward in row["rewards"]]
