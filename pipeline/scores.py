@@ -147,7 +147,8 @@ def as_prompt(where, row, jobs, args):
         if reward is not None and highest is not None:
             passes = reward >= args.pass_threshold * highest - ROUNDING
         completions.append(Completion(text, reward, reason, answer, ended, tokens, logprob, row["seed"], passes))
-    return prompt_key(row), Prompt(where, {row["seed"]: where}, row, verifier, ground_truth, highest, completions)
+    prompt = Prompt(where, {row["seed"]: where}, row, verifier, ground_truth, highest, completions)
+    return prompt_key(row, messages), prompt
 
 
 def judge_again(tables, args):

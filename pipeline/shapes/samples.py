@@ -64,10 +64,10 @@ def asked(row):
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def prompt_key(row, is_judged=True):
-    """What is equal in rows of one prompt, as text; is_judged: and of one ground truth."""
+def prompt_key(row, messages, is_judged=True):
+    """What is equal in rows of one prompt, as text; is_judged: and of one ground truth. messages: of `asked`."""
     names = ["tools", "chat_template_kwargs", *(["dataset", "ground_truth"] if is_judged else [])]
-    return json.dumps([asked(row), *(row.get(name) for name in names)], sort_keys=True)
+    return json.dumps([messages, *(row.get(name) for name in names)], sort_keys=True)
 
 
 def read_groups(args):
@@ -80,7 +80,7 @@ def read_groups(args):
                 check_fields(row, ("completions", "rewards", "reasons", "ended", "tokens", "model"))
             except ValueError as error:
                 raise common.DataError(source, number, f"not usable as a row of generate: {error}") from None
-            key = prompt_key(row, is_judged=not is_delta(args))
+            key = prompt_key(row, messages, is_judged=not is_delta(args))
             group = groups.setdefault(key, Group(key, messages, [], []))
             group.rows.append((number, json.dumps(unsampled(row))))
             rewards = [reward if reward is None else round(reward, 6) for reward in row["rewards"]]
