@@ -13,6 +13,7 @@ to end. Nothing is padded.
 
 import ast
 import copy
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -44,6 +46,7 @@ import numpy as np
 import pyarrow.compute as pc
 import tokenizers
 import torch
+import torch.distributed as dist
 import transformers
 from filelock import FileLock, Timeout
 from jinja2 import nodes
@@ -123,7 +126,7 @@ RANGES = {  # of the flags that all scripts have
     "lr": (0, LARGEST), "warmup_ratio": (0, 1), "adam_betas": (0, 0.999999), "adam_eps": (1e-30, 1), "seed": (0, 1e18),
     "weight_decay": (0, LARGEST), "max_grad_norm": (0, LARGEST), "max_skip_frac": (0, 1), "epochs": (1e-9, 1e6),
     **dict.fromkeys("batch_size batch_tokens steps stop_step max_length tokens_per_microbatch".split(), (1, 1e9)),
-    **dict.fromkeys(("eval_every", "save_every", "keep"), (0, 1e9)),
+    **dict.fromkeys(("eval_every", "save_every", "keep", "answers"), (0, 1e9)),
 }  # fmt: skip
 
 
@@ -212,6 +215,31 @@ def deal(lengths, tokens_per_microbatch, world_size=1):
         per_rank += max(1, per_rank // 100)  # a hundredth more, so that a million sequences take few attempts
 
 
+def deal_by_source(rows, tokens_per_microbatch):
+    """This rank's share of all `rows` as [(source, indices of its rows), ...]: microbatches, none of two sources."""
+    dealt = []
+    for source, members in rows.by_source().items():
+        microbatches = deal(rows.lengths[members], tokens_per_microbatch, dist.get_world_size())[dist.get_rank()]
+        dealt += [(source, members[places]) for places in microbatches]
+    return dealt
+
+
+def means_by_source(sums, rows, weights):
+    """{"eval_METRIC": mean over all rows}, and where they have several sources, "eval_METRIC/SOURCE" of each.
+
+    Args:
+        sums: {"METRIC/SOURCE": the sum over a source's rows}. weights: (N,) what each row adds to the denominators.
+    """
+    totals = {source: float(weights[members].sum()) for source, members in rows.by_source().items()}
+    means, of_sources = {}, {}
+    for name, value in sums.items():
+        metric, _, source = name.partition("/")
+        means[f"eval_{metric}"] = means.get(f"eval_{metric}", 0.0) + value / sum(totals.values())
+        if len(totals) > 1:
+            of_sources[f"eval_{name}"] = value / totals[source]
+    return means | of_sources
+
+
 def _fewest_microbatches(lengths, budget):
     """A lower bound on the number of microbatches: where `deal` begins, to save attempts."""
     fewest = np.minimum(lengths, budget).sum() / budget
@@ -261,6 +289,14 @@ class Rows:
         """'file.jsonl, row 17' for row i."""
         entry = self.table[int(i)]
         return f"{self.sources[entry['source']]}, row {entry['row']}"
+
+    def by_source(self):
+        """{NAME: (n,) the rows of a source}. NAME: its last part without ending; all of it if others end so, too."""
+        of_row = self.table.with_format("numpy")["source"][:]  # (N,)
+        whole = [self.sources[number] for number in of_row]  # a source that is given twice is one
+        short = {source: Path(source).name.partition(".")[0] for source in dict.fromkeys(whole)}
+        names = {source: name if [*short.values()].count(name) == 1 else source for source, name in short.items()}
+        return {names[source]: np.flatnonzero(np.array(whole) == source) for source in names}
 
     def keep(self, indices):
         """Leaves out all rows but those at `indices`, in place. The fingerprint stays that of all."""
@@ -1649,6 +1685,8 @@ def load_data(args, encode, at_least):
     Raises:
         DataError: as `load_rows`. RunError: fewer rows.
     """
+    if args.best and not args.eval_data:
+        raise RunError(f"--best {args.best} is a metric of held-out data: give --eval_data")
     rows = load_rows(args.data, encode, args.seed, args.max_skip_frac)
     if len(rows) < at_least:
         raise RunError(f"--data has {len(rows)} usable rows, fewer than --batch_size {args.batch_size}")
@@ -1674,10 +1712,10 @@ def load_rows(sources, encode, seed=0, max_skip_frac=0.01):
     source. One process a node encodes (with many workers when there is much to do), the others read its cache.
 
     Args:
-        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl (also .jsonl.gz, …), .json or .parquet file, a
-            folder of such files, or a Hub id (`name`, `name@split`, `name/config@split`; these also of a folder).
-            AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes each twice) or a count ("1000");
-            which rows depends on the seed.
+        sources: list of "SOURCE" or "SOURCE:AMOUNT". SOURCE is a .jsonl (also .jsonl.gz, …), .json, .parquet or .csv
+            file, a folder of such files, or a Hub id (`name`, `name@split`, `name/config@split`; these also of a
+            folder). AMOUNT is a fraction of the rows with a point in it ("0.5"; "2.0" takes each twice) or a count
+            ("1000"); which rows depends on the seed.
         encode: picklable callable with a `key` (str) that changes with its settings, and `features`, the columns it
             makes. Takes a row (dict), returns a dict with at least `input_ids`, `trained` (lists of one length) and
             `notes` (list of str, counted in the report). Raises Skip to leave the row out and ValueError to reject
@@ -1762,13 +1800,33 @@ def _read_lines(name):
 def _read_file(name):
     if name.endswith(".parquet"):
         return datasets.load_dataset("parquet", data_files=glob.escape(name), split="train")
+    if name.endswith((".csv", ".tsv")):
+        return datasets.Dataset.from_dict({JSON: [json.dumps(row) for row in _read_table(name)]})
     if not name.endswith((".json", ".jsonl")):
-        raise DataError(name, None, f"not a file of rows: {', '.join(LINES)}, .json or .parquet wanted")
+        raise DataError(name, None, f"not a file of rows: {', '.join(LINES)}, .json, .parquet, .csv or .tsv wanted")
     text = Path(name).read_text(encoding="utf-8-sig")
     rows = json.loads(text) if text else []  # an empty .jsonl is an empty list, too
     if not isinstance(rows, list):
         raise DataError(name, None, f"expected a JSON list of rows, found {_kind(rows)}; one object a line?")
     return datasets.Dataset.from_dict({JSON: [json.dumps(row) for row in rows]})
+
+
+def _read_table(name):
+    """The rows of a .csv or .tsv file, whose first line names the columns. Values stay text: 007 is not 7."""
+    csv.field_size_limit(2**31 - 1)
+    with open(name, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            text = f"line {reader.line_num + 1}: {error}: a value with a quote has it twice"
+            raise DataError(name, None, text) from None
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            more = "more" if None in row else "fewer"
+            text = f"{more} values than the {len(reader.fieldnames)} columns: a value with a comma or a line break"
+            raise DataError(name, number, f"{text} has to stand in double quotes")
+    return rows
 
 
 def _read_data_set(name):
@@ -2161,8 +2219,8 @@ def prepare_run(out, config, first_step):
     replace_text(out / "config.json", json.dumps(config, indent=2))
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "checkpoints").chmod(0o700)  # because of set_aside_if_damaged
-    for path in [*(out / "checkpoints").iterdir(), out / "model.tmp"]:
-        if re.fullmatch(r"step_[0-9]+\.(tmp|trash)|model\.tmp", path.name):
+    for path in [*(out / "checkpoints").iterdir(), out / "model.tmp", out / "best.tmp"]:
+        if re.fullmatch(r"step_[0-9]+\.(tmp|trash)|(model|best)\.tmp", path.name):
             _remove(path)
     cut_log(out / "samples.jsonl", first_step)
     had_steps = (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 0
@@ -2204,6 +2262,181 @@ def cut_log(path, last_step):
     return steps
 
 
+# ------------------------------------------------------------------------------------------- what a run shows of itself
+
+# Groups of metrics, for W&B and reports: the first whose pattern a name begins with. In metrics.jsonl names have none.
+METRIC_GROUPS = {
+    "eval": "eval_",
+    "reward": "reward|rm_score|zero_std_groups",
+    "rollout": r"groups|sampl|completion_|solved_|surplus_|judge_|staleness|behaviour_kl|tis_capped|eos_rate|\w+_rate$",
+    "speed": r"\w*tokens$|tokens_per_second|\w*seconds|peak_memory|mfu",
+    "train": "",
+}
+
+
+def grouped(name):
+    """'eval/loss' for the metric eval_loss, 'reward/reward_std', 'train/lr', ..."""
+    group = next(group for group, pattern in METRIC_GROUPS.items() if re.match(pattern, name))
+    return f"{group}/{name.removeprefix('eval_')}"
+
+
+def start_wandb(out, config):
+    """A run of Weights & Biases, which goes on when the run does; offline unless somebody is logged in.
+
+    W&B reads its own variables: WANDB_PROJECT (by default postcard), WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, ...
+    """
+    import wandb  # only here: it takes a second
+
+    mode = os.environ.get("WANDB_MODE", "online" if wandb.login(prompt=False) else "offline")
+    settings = wandb.Settings(x_disable_meta=True, console="off")  # command line and output may hold secrets
+    project, name = os.environ.get("WANDB_PROJECT", "postcard"), os.environ.get("WANDB_NAME", out.name)
+    same = {"id": hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16], "resume": "allow", "dir": out}
+    config = config | config["args"]
+    return wandb.init(
+        project=project, name=name, job_type=config["script"], config=config, mode=mode, settings=settings, **same
+    )
+
+
+def log_to_wandb(run, entry, out):
+    """Logs an entry of metrics.jsonl under grouped names; with an evaluation, and every 25 steps, also completions.
+
+    These are the lines of OUT/samples.jsonl that are of this step, as a table.
+    """
+    import wandb
+
+    step = entry["step"]
+    numbers = {grouped(name): value for name, value in entry.items() if name != "step"}
+    if any(name.startswith("eval_") for name in entry) or step % 25 == 0:
+        lines = [line for line in read_samples(out) if line["step"] == step]
+        columns = [name for name in SAMPLE_COLUMNS if any(name in line for line in lines)]
+        if lines:
+            numbers["samples"] = wandb.Table(columns, [[line.get(name) for name in columns] for line in lines])
+    run.log(numbers, step=step)
+
+
+SAMPLE_COLUMNS = ("step", "held_out", "row", "prompt", "completion", "reward", "advantage", "reason", "answer", "ended")
+
+
+def read_samples(out):
+    """The lines of OUT/samples.jsonl, as dicts; [] if there is none."""
+    path = Path(out, "samples.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if _is_there(path) else []
+
+
+def some_prompts(rows, amount):
+    """[(i, ids of the prompt), ...] of so many rows, evenly spaced: what stands before the first trained token."""
+    chosen = np.linspace(0, len(rows) - 1, min(amount, len(rows))).astype(int).tolist()
+    sequences = rows.sequences(chosen)
+    firsts = sequences[:: max(1, len(sequences) // max(1, len(chosen)))]  # of a pair the chosen answer's
+    return [(i, ids[: np.argmax(trained)]) for i, (ids, trained) in zip(chosen, firsts, strict=True)]
+
+
+def write_answers(out, step, rows, prompts, answers, chat):
+    """Appends answers to held-out prompts to OUT/samples.jsonl, control tokens and all. Returns the lines, as dicts.
+
+    Args:
+        prompts: of `some_prompts`. answers: a list of token ids for each.
+
+    Raises:
+        RunError: the disk is full, say.
+    """
+    lines = []
+    for (i, prompt), ids in zip(prompts, answers, strict=True):
+        texts = {"prompt": chat.tokenizer.decode(prompt), "completion": chat.tokenizer.decode(ids)}
+        ended = ids[-1:] != [] and ids[-1] in chat.stop_ids
+        lines.append({"step": step, "row": rows.where(i), **texts, "ended": ended, "held_out": True})
+    try:
+        with open(Path(out, "samples.jsonl"), "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    except OSError as error:
+        raise RunError(f"writing {out}/samples.jsonl failed: {first_line(error)}") from None
+    return lines
+
+
+def describe_data(rows, eval_rows):
+    """For config.json: fingerprints of the rows of --data and --eval_data (or None), and what was said about them."""
+    both = [each for each in (rows, eval_rows) if each]
+    fingerprints = [each and each.fingerprint for each in (rows, eval_rows)]
+    return {"data": fingerprints, "data_report": redact([line for each in both for line in each.report])}
+
+
+def check_entry(entry):
+    """Raises RunError if a number of an entry of metrics.jsonl is not finite."""
+    for name, value in entry.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"step {entry['step']}: {name} is {value}")
+
+
+PEAK_FLOPS = {  # of products of bf16 matrices a second, without sparsity: NVIDIA's data sheets
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def flops_per_token(model):
+    """Operations of a forward and a backward pass that a token's products with weights take: 6 for each weight.
+
+    Attention's products, and what activation checkpointing recomputes, do not count; the embedding counts if it is also
+    the head. None for a mixture of experts, of which a token meets a part.
+    """
+    if any("experts" in name for name, _ in model.named_parameters()):
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_looked_up = head is None or head.weight is not embedding.weight
+    return 6 * (sum(weight.numel() for weight in model.parameters()) - is_looked_up * embedding.weight.numel())
+
+
+def hardware_metrics(model, tokens_per_second):
+    """{"peak_memory_gib": the most that this process has held}, and on a known GPU "mfu".
+
+    On CUDA memory is what PyTorch's tensors took, elsewhere what was resident. mfu, model FLOPs utilisation (PaLM,
+    arXiv 2204.02311, appendix B), is `flops_per_token` times the tokens a second of each GPU, as a share of its peak.
+    """
+    if not torch.cuda.is_available():
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # there bytes, on Linux KiB
+        return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    metrics = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()]
+    flops = flops_per_token(model)
+    if peaks and flops:
+        metrics["mfu"] = flops * tokens_per_second / peaks[0]
+    return metrics
+
+
+def progress_text(entry):
+    """What the bar and the lines of a run show of an entry of metrics.jsonl."""
+    names = "loss eval_loss accuracy reward eval_reward tokens_per_second mfu peak_memory_gib".split()
+    shown = [(name, entry[name]) for name in names if name in entry]
+    return ", ".join(f"{name} {value:,.0f}" if value > 999 else f"{name} {value:.4g}" for name, value in shown)
+
+
+def is_best(out, metric, entry):
+    """Whether an entry's held-out METRIC is better than that of the model in OUT/best: lower, if it is a loss.
+
+    Raises:
+        RunError: the entry has none of this name.
+    """
+    if metric not in entry:
+        known = ", ".join(sorted(name for name in entry if name.startswith("eval_")))
+        raise RunError(f"--best {metric}: no metric of the evaluation has this name; there are {known}")
+    old = [json.loads(path.read_text()) for path in out.glob("best/step_*/best.json")]
+    sign = -1 if re.search("loss|nll", metric) else 1
+    return all(sign * entry[metric] > sign * model[metric] for model in old if metric in model)
+
+
+def publish_best(partial, metric, entry):
+    """A whole exported model becomes OUT/best/step_N, in place of the one before."""
+    folder = partial.with_name("best")
+    folder.mkdir(exist_ok=True)
+    _write_json(partial / "best.json", {"step": entry["step"], metric: entry[metric]})
+    sync_to_disk(partial)
+    old = [path.rename(path.with_suffix(".trash")) for path in folder.glob(f"step_{entry['step']}")]
+    old += [path for path in folder.iterdir() if path not in old]
+    partial.rename(folder / f"step_{entry['step']}")
+    for path in old:
+        _remove(path)
+
+
 def summary(out):
     """What a finished run says at its end: where its model is, its first and last held-out metric (or loss)."""
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -2212,6 +2445,7 @@ def summary(out):
         values = [entry[name] for entry in entries if isinstance(entry.get(name), int | float)]
         if len(values) > 1:
             change = f", {name} {values[0]:.4g} → {values[-1]:.4g}"
+    change += "".join(f"; the best is in {path.parent}" for path in sorted(out.glob("best/step_*/best.json")))
     return f"finished{change}. Its model: {out}/model. Next: --model {out}/model of another script, or from_pretrained"
 
 

@@ -49,7 +49,6 @@ import dataclasses
 import faulthandler
 import functools
 import gc
-import hashlib
 import inspect
 import json
 import math
@@ -149,6 +148,7 @@ class Args:
     save_every: int = 25  # steps between checkpoints; 0 saves none but the final model
     stop_step: int | None = None  # save and stop after this many steps; the same command without it goes on
     keep: int = 2  # newest checkpoints kept; 0 keeps all
+    best: str | None = None  # held-out metric, "eval_loss": OUT/best has the model where it was best, too
     tokens_per_microbatch: int = 8192  # most in a forward pass of one rank; a longer row goes alone; same loss
     activation_checkpointing: bool = True  # recompute each layer in the backward: less memory, about a quarter slower
     compile: bool = False  # torch.compile each decoder layer
@@ -646,8 +646,9 @@ def load_model(args, config, model_class, module_class, device, mesh):
 
 # Flags that may differ when a run is continued: they do not change what is computed.
 RUNTIME_FLAGS = {"out", "eval_data", "eval_every", "eval_samples", "eval_temperature", "pass_threshold", "log_samples",
-                 "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn",
-                 "verifier_workers", "compile", "deterministic", "shard", "save_every", "sample_tp"}  # fmt: skip
+                 "track", "keep", "stop_step", "tokens_per_microbatch", "activation_checkpointing", "attn", "answers",
+                 "verifier_workers", "compile", "deterministic", "shard", "save_every", "sample_tp",
+                 "best"}  # fmt: skip
 
 
 class Run:
@@ -662,8 +663,7 @@ class Run:
         self.end_step = num_steps if args.stop_step is None else min(num_steps, args.stop_step)
         self.out = Path(args.out)
         self.is_rank0 = dist.get_rank() == 0
-        self.wandb = None
-        self.signals = []  # SIGTERM, SIGUSR1: finish the step, save, exit
+        self.wandb, self.signals = None, []  # signals: SIGTERM, SIGUSR1: finish the step, save, exit
         self.is_finished = on_rank0(self._open)
         if not self.is_finished:
             self.first_step = self._find_whole_checkpoint()
@@ -677,7 +677,7 @@ class Run:
         self.config = {
             "script": Path(__file__).name, "commit": commit.stdout.strip() or None, "versions": versions,
             "args": common.redact(dataclasses.asdict(self.args)), "steps": self.num_steps, "date": self.chat.date,
-            "data": [rows and rows.fingerprint for rows in (self.rows, self.eval_rows)],
+            **common.describe_data(self.rows, self.eval_rows),
             "world_size": dist.get_world_size(), "process": f"process {os.getpid()} on {socket.gethostname()}",
         }  # fmt: skip
         is_done = (self.out / "model" / "config.json").exists()
@@ -718,7 +718,7 @@ class Run:
 
     def resume(self, module, optimizer):
         """Loads the newest checkpoint, on any number of ranks. Returns the `state` that each rank of then has saved."""
-        states = []
+        self.model, states = module.model, []
         if self.first_step:
             path = common.checkpoints(self.out)[self.first_step]
             weights, moments = dcp_state.get_state_dict(module, optimizer)
@@ -730,12 +730,7 @@ class Run:
         self.bar = tqdm(total=self.num_steps, initial=self.first_step, disable=not (self.is_rank0 and os.isatty(2)))
         self.next_line = 0.0  # without a terminal there is no bar, but a line every ten seconds
         if self.args.track and self.is_rank0:
-            import wandb  # only here: it takes a second
-            mode = os.environ.get("WANDB_MODE", "online" if wandb.login(prompt=False) else "offline")
-            settings = wandb.Settings(x_disable_meta=True, console="off")  # command line and output may hold secrets
-            name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
-            self.wandb = wandb.init(project="postcard", id=name, name=self.out.name, dir=self.out, resume="allow",
-                                    config=self.config | self.config["args"], mode=mode, settings=settings)  # fmt: skip
+            self.wandb = common.start_wandb(self.out, self.config)
         return states
 
     def begin(self, step):
@@ -749,7 +744,8 @@ class Run:
     def speed(self, tokens):
         """Metrics of a step that has processed so many tokens until now."""
         seconds = time.perf_counter() - self.started
-        return {"tokens": int(tokens), "tokens_per_second": int(tokens) / seconds, "seconds": seconds}
+        metrics = {"tokens": int(tokens), "tokens_per_second": int(tokens) / seconds, "seconds": seconds}
+        return metrics | common.hardware_metrics(self.model, int(tokens) / seconds / dist.get_world_size())
 
     def check_finite(self, step, loss, grad_norm, indices):
         """Stops before the optimizer step if the loss or the gradient is not finite; names the step and its rows."""
@@ -768,22 +764,28 @@ class Run:
 
     def log(self, entry):
         """On rank 0: appends to metrics.jsonl, moves the progress bar and feeds W&B. RunError if it is not finite."""
-        for name, value in entry.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise common.RunError(f"step {entry['step']}: {name} is {value}")
+        common.check_entry(entry)
+        if self.args.best and any(name.startswith("eval_") for name in entry):
+            self._keep_if_best(entry)
         if not self.is_rank0:
             return
         with writing(self.out / "metrics.jsonl") as path, open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
-        shown = [key for key in ("loss", "eval_loss", "accuracy", "reward", "tokens_per_second") if key in entry]
-        text = ", ".join(f"{key} {entry[key]:,.0f}" if entry[key] > 999 else f"{key} {entry[key]:.4g}" for key in shown)
+        text = common.progress_text(entry)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(entry["step"] - self.bar.n)
         if self.bar.disable and (time.monotonic() > self.next_line or entry["step"] == self.num_steps):
             self.next_line = time.monotonic() + 10
             print(f"step {entry['step']} of {self.num_steps}: {text}", flush=True)
         if self.wandb:
-            self.wandb.log(entry, step=entry["step"])
+            common.log_to_wandb(self.wandb, entry, self.out)
+
+    def _keep_if_best(self, entry):
+        """Makes the model OUT/best/step_N, if --best says so of this entry."""
+        if on_rank0(lambda: common.is_best(self.out, self.args.best, entry)):
+            with writing(self.out / "best.tmp") as partial:
+                export_model(self.args, self.model, self.chat, partial)
+                on_rank0(lambda: common.publish_best(partial, self.args.best, entry))
 
     def is_stopping(self):
         """Whether any rank was sent SIGTERM or SIGUSR1. All ranks ask together."""

@@ -451,7 +451,7 @@ class Rollouts:
         for line in self.write(done, groups, rows)[:3]:
             reward = "  none" if line["reward"] is None else f"{line['reward']:6.2f}"
             tqdm.write(f"{reward} {line['reason']:9}{line['prompt'][-60:]!r} {line['completion'][:120]!r}")
-        metrics = held_out_metrics(groups, self.args.pass_threshold)
+        metrics = held_out_metrics(groups, self.args.pass_threshold) | rewards_by_source(groups, rows)
         if _rank() == 0:
             low, high = metrics["eval_reward_low"], metrics["eval_reward_high"]
             tqdm.write(f"step {done}: held-out reward {metrics['eval_reward']:.3f} [{low:.3f}, {high:.3f}]")
@@ -901,6 +901,19 @@ def rewards_by_verifier(samples, prefix):
             if not math.isnan(reward):
                 rewards.setdefault(f"{prefix}/{name}", []).append(reward)
     return {name: np.mean(numbers) for name, numbers in sorted(rewards.items())}
+
+
+def rewards_by_source(groups, rows):
+    """{"eval_reward/SOURCE": the mean reward over its prompts} of held-out rows that have several sources.
+
+    A source that is called as a verifier is has " (source)" behind its name.
+    """
+    means = {sample.row: np.mean([each.reward for each in group]) for group in judged_only(groups) for sample in group}
+    sources = {name: [means[row] for row in members if row in means] for name, members in rows.by_source().items()}
+    verifiers = {name for sample in flatten(groups) for name, _ in sample.verdict.parts}
+    shown = {name: f"{name} (source)" if name in verifiers else name for name in sources}
+    several = len(sources) > 1
+    return {f"eval_reward/{shown[name]}": float(np.mean(each)) for name, each in sources.items() if each and several}
 
 
 def held_out_metrics(groups, pass_threshold=1.0):

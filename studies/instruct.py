@@ -4,18 +4,18 @@
     python studies/instruct.py --model models/smollm2 --out runs/instruct --seeds 1 2
 
 Prompts ask for something and for one constraint that a program verifies (studies/constraints.py); 20 topics of 100 are
-held out. From the start each method may have 1,536 completions of at most 80 tokens judged, as in equal_samples.py:
+held out. From the start each method may have 768 completions of at most 80 tokens judged, as in equal_samples.py:
 
-    sft_best, sft_random     8 completions of each of 192 prompts: one that follows the constraint, or any
+    sft_best, sft_random     8 completions of each of 96 prompts: one that follows the constraint, or any
     dpo                      pairs of one that does and one that does not, of the same completions
-    grpo                     24 steps of 8 prompts in the band of difficulty (0 < pass rate <= 0.625), 8 of each
+    grpo                     12 steps of 8 prompts in the band of difficulty (0 < pass rate <= 0.625), 8 of each
     grpo_kl                  the same with --kl_beta 0.05
     grpo_slow                at a third of the learning rate
     grpo_floor               the same prompts, which also ask for at least 30 words
     grpo_judge               plus the score of a reward model of fluency: of answers at temperature 0.7 against 1.5
-    ppo                      24 steps of 64 prompts, one of each, the value model made of a reward model of dpo's pairs
+    ppo                      12 steps of 64 prompts, one of each, the value model made of a reward model of dpo's pairs
 
-Primary metric, chosen before anything was trained: the share of 240 held-out prompts whose constraint is followed, one
+Primary metric, chosen before anything was trained: the share of 160 held-out prompts whose constraint is followed, one
 completion each at temperature 0.7. Beside it what must not get worse: length and ends of answers, their likelihood
 under the start, KL on 100 plain questions. A call goes on where an earlier one was stopped.
 """
@@ -25,25 +25,29 @@ import json
 import shutil
 from pathlib import Path
 
-from arithmetic import demo
+from arithmetic import IMAGES, demo, spread, write
 
+import plot
 from pipeline.shapes.files import lines_of
+from studies import constraints
 
 # At temperature 1 many answers of this model are no sense.
 SAMPLING = {"max_length": 320, "max_new_tokens": 80, "temperature": 0.7}
-HELD_OUT = 240  # prompts; if paired differences have a deviation of 0.55, one of 0.1 is found in 80 % of experiments
-PROMPTS = 192  # that SFT and DPO have samples of, 8 each
-TRIED = 384  # of which the band of difficulty is found, 4 samples each
-STEPS = 24
+HELD_OUT = 160  # prompts; if paired differences have a deviation of 0.55, one of 0.12 is found in 80 % of experiments
+PROMPTS = 96  # that SFT and DPO have samples of, 8 each
+TRIED = 256  # of which the band of difficulty is found, 4 samples each
+STEPS = 12
 GRPO = {
     "grpo": {},
     "grpo_kl": {"kl_beta": 0.05},
-    "grpo_slow": {"lr": 3e-6},
+    "grpo_slow": {"lr": 7e-6},
     "grpo_floor": {"data": "{out}/floor_band.jsonl"},
     "grpo_judge": {"reward_model": "{out}/judge/model", "reward_model_coef": 0.2},
 }
 PATHS = ("data", "reward_model")  # flags above that name files
-METHODS = ("sft_best", "sft_random", "dpo", "ppo", *GRPO)
+HARD = tuple(constraints.KINDS)[7:]  # the kinds that a few words do not follow
+SHOWN = ("detectable_format:title", "punctuation:no_comma", "length_constraints:number_sentences")  # one answer of each
+METHODS = ("sft_best", "sft_random", "dpo", "grpo", "grpo_kl", "ppo", "grpo_judge", "grpo_floor", "grpo_slow")
 
 
 def once(path, name, *words, **flags):
@@ -92,7 +96,7 @@ def train(model, out, seed, only):
     """The runs of a seed; those that are finished are left."""
     shared = {"seed": seed, "save_every": 0, "max_length": SAMPLING["max_length"], "no_activation_checkpointing": True}
     from_start = shared | {"model": model, "batch_size": 8, "tokens_per_microbatch": 2048}
-    rl = {**SAMPLING, "lr": 1e-5, "steps": STEPS, "epochs": 99, "save_every": 8, "keep": 0, "slots": 64}
+    rl = {**SAMPLING, "lr": 2e-5, "steps": STEPS, "epochs": 99, "save_every": STEPS // 2, "keep": 0, "slots": 64}
     for kind in ("best", "random"):
         if f"sft_{kind}" in only:
             flags = {"data": f"{out}/{kind}.jsonl", "out": f"{out}/sft_{kind}", "lr": 1e-5, "epochs": 2}
@@ -121,26 +125,99 @@ def train(model, out, seed, only):
 
 
 def measure(model, out, data, only):
-    """Reward, KL, length on held-out prompts, and the same on plain questions, of all runs and their checkpoints."""
-    sources = {"held_out": f"{data}/constraints/held_out.jsonl:{HELD_OUT}", "plain": f"{data}/constraints/plain.jsonl"}
+    """Reward, KL, length: of all checkpoints on held-out prompts, of the final model also on plain questions."""
     for name in only:
-        for kind, source in sources.items():
-            once(f"{out}/kl_{kind}_{name}", "kl", ref=model, model=f"{out}/{name}", data=source, **SAMPLING)
+        run, final = (model, model) if name == "start" else (f"{out}/{name}", f"{out}/{name}/model")
+        held_out, plain = f"{data}/constraints/held_out.jsonl:{HELD_OUT}", f"{data}/constraints/plain.jsonl"
+        once(f"{out}/kl_held_out_{name}", "kl", ref=model, model=run, data=held_out, **SAMPLING)
+        once(f"{out}/kl_plain_{name}", "kl", ref=model, model=final, data=plain, **SAMPLING)
+
+
+def collect(out, only):
+    """{method: numbers} of a seed, those of the start first."""
+    results = {}
+    for name in ("start", *only):
+        steps, plain = (table_of(f"{out}/kl_{kind}_{name}/kl.tsv") for kind in ("held_out", "plain"))
+        last = steps[-1]
+        samples = f"{out}/kl_held_out_{name}/{last['name']}.step_{last['step']:g}.jsonl"
+        if name == "start":
+            samples_of_start = samples
+        compared = Path(out, f"less_start_{name}")
+        once(compared, "evaluate", compare=[f"held_out={samples}", f"held_out={samples_of_start}"], cluster="topic")
+        [difference] = json.loads((compared / "results.json").read_text())["differences"]
+        rows = rows_of(samples)
+        hard = [row["rewards"][0] for row in rows if row["subset"] in HARD]
+        shown = [next(row for row in rows if row["subset"] == kind) for kind in SHOWN]
+        results[name] = {
+            "steps": steps,
+            "plain": plain[-1],
+            "less_start": {key: difference[key] for key in ("mean", "low", "high", "p", "prompts")},
+            "hard_to_hack": sum(hard) / len(hard),
+            "answers": [[row["messages"][-1]["content"], row["completions"][0]] for row in shown],
+        }
+    return results
+
+
+def table_of(path):
+    """The rows of a file of tab-separated values: {column: number}, and `name`."""
+    head, *lines = (line.split("\t") for line in Path(path).read_text().splitlines())
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    return [{key: text if key == "name" else float(text or "nan") for key, text in row.items()} for row in rows]
+
+
+def table(results):
+    """Lines of a Markdown table: means over seeds, the lowest and the highest."""
+    columns = "followed, hard to hack, less the start's, KL, tokens, ended, log π_start a token, plain: KL, tokens"
+    yield f"| | {columns.replace(', ', ' | ')} |"
+    yield "|---" * 10 + "|"
+    for name in next(iter(results.values())):
+        runs = [result[name] for result in results.values()]
+        last = [run["steps"][-1] for run in runs]
+        cells = [spread([each["reward"] for each in last]), spread([run["hard_to_hack"] for run in runs])]
+        differences = [f"{each['mean']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]" for each in
+                       (run["less_start"] for run in runs)] if name != "start" else []  # fmt: skip
+        cells.append("; ".join(differences))
+        cells += [spread([each[key] for each in last], digits) for key, digits in
+                  (("kl", 2), ("tokens", 1), ("ended", 2), ("ref_logprob_per_token", 2))]  # fmt: skip
+        cells += [spread([run["plain"][key] for run in runs], digits) for key, digits in (("kl", 2), ("tokens", 1))]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def draw(results, path):
+    """Against KL: constraints followed, lengths, likelihood under the start; of each run a line through its steps."""
+    figure, columns = plot.plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    titles = {"reward": "followed", "tokens": "tokens an answer", "ref_logprob_per_token": "log π_start a token"}
+    names = list(next(iter(results.values())))[1:]
+    for result in results.values():
+        for i, name in enumerate(names):
+            steps = [result["start"]["steps"][-1], *result[name]["steps"]]
+            for axes, (key, title) in zip(columns, titles.items(), strict=True):
+                label = name if result is next(iter(results.values())) else None
+                points = [(step["kl"], step[key]) for step in steps]
+                axes.plot(*zip(*points, strict=True), marker="osvD^P*Xh"[i], color=f"C{i}", alpha=0.8, label=label)
+                axes.set_title(title, loc="left")
+                axes.set_xlabel("KL to the start (nats an answer)")
+    columns[0].legend(frameon=False, fontsize=8)
+    plot.save(figure, path)
 
 
 def main(model, out, seeds, only):
-    data = Path(out, "data")
+    data, results = Path(out, "data"), {}
     if not (data / "floor").exists():
-        from studies import constraints
-
         constraints.main(constraints.Args(out=str(data / "constraints")))
         constraints.main(constraints.Args(out=str(data / "floor"), floor=30))
     for seed in seeds:
         folder = Path(out, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         prepare(model, folder, data, seed)
-        train(model, folder, seed, only)
-        measure(model, folder, data, only)
+        measure(model, folder, data, ["start"])
+        for method in only:
+            train(model, folder, seed, [method])
+            measure(model, folder, data, [method])
+        results[seed] = collect(folder, only)
+    write("instruct", {"seeds": seeds, "results": results})
+    draw(results, IMAGES / "study_instruct.png")
+    print(*table(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ import common
 
 ROOT = Path(__file__).parents[1]
 
+# What a run logs of its machine, not of what it computed.
+MEASURED = {"seconds", "tokens_per_second", "rollout_seconds", "peak_memory_gib", "mfu"}
+
 # The lowest common instruction set and one thread: the same bits on every x86-64 machine.
 PORTABLE = {
     "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default",

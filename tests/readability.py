@@ -42,7 +42,9 @@ OWN_DEFAULTS = {
 
 PLUMBING = "# Plumbing: optimizer, sums, processes, models, files. Nobody has to read it: the same text in every script, by design."
 MAX_PLUMBING = 400  # raw lines
-MAX_DIFF = {("sft.py", "dpo.py"): 200, ("sft.py", "reward_model.py"): 200, ("grpo.py", "ppo_rlvr.py"): 300}
+MAX_DIFF = {  # sft.py answers held-out prompts, which reward_model.py cannot
+    ("sft.py", "dpo.py"): 200, ("sft.py", "reward_model.py"): 205, ("grpo.py", "ppo_rlvr.py"): 300
+}  # fmt: skip
 MAX_LINE, MAX_NESTING, MAX_PARAMETERS = 120, 3, 6
 
 # As measured when this file was written. A complaint comes at 15 % more.

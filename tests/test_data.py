@@ -695,11 +695,38 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(source, message, downloa
     refused(source, None, message, lambda: load_rows([source], Letters()))
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json.gz", "rows.txt", "rows", "rows.arrow"])
+@pytest.mark.parametrize("ending, mark", [("csv", ","), ("tsv", "\t")])
+def test_tables_are_rows_of_text(encode, tmp_path, ending, mark):
+    """Nothing is guessed: 007, NA and 1e3 are what was written; quotes hold commas, quotes and line breaks."""
+    values = [("007", "NA"), ("a, \"b\"\tc", "two\nlines"), ("1e3", "True"), ("-", "é")]
+    lines = ["prompt" + mark + "completion"] + [mark.join('"' + v.replace('"', '""') + '"' for v in row) for row in values]
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [row for _, row in common.read_rows(str(path))] == [{"prompt": a, "completion": b} for a, b in values]
+    same = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": a, "completion": b} for a, b in values])
+    ours, theirs = load_rows([str(path)], encode), load_rows([str(same)], encode)
+    assert ours.fingerprint == theirs.fingerprint
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a,b\n1,2\n1,2,3\n", "rows.csv, row 2: more values than the 2 columns: a value with a comma"),
+    ("a,b\n1\n", "rows.csv, row 1: fewer values than the 2 columns"),
+    ('a,b\n1,"2" 3\n', "rows.csv: line 2: .* a value with a quote has it twice"),
+    ('a,b\n1,"2\n', "rows.csv: line 2: unexpected end of data"),
+    ("", "rows.csv: the data set is empty"), ("a,b\n", "rows.csv: the data set is empty"),
+])  # fmt: skip
+def test_tables_that_are_none(encode, tmp_path, text, message):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_rows([str(path)], encode)
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.json.gz", "rows.txt", "rows", "rows.arrow"])
 def test_files_of_other_kinds_say_what_is_wanted(name, downloaded):
-    """A file that is there never goes to the Hub. CSV is not read: it would take text such as 007 for a number."""
+    """A file that is there never goes to the Hub."""
     Path(name).write_text("letters\na\n")
-    refused(name, None, r"not a file of rows: \.jsonl.* \.json or \.parquet", lambda: load_rows([name], Letters()))
+    refused(name, None, r"not a file of rows: \.jsonl.* \.json, \.parquet, \.csv or \.tsv", lambda: load_rows([name], Letters()))
 
 
 def test_a_hub_that_cannot_be_reached_costs_seconds_and_two_lines(tmp_path):

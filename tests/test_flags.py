@@ -19,7 +19,7 @@ import common
 ANY_NUMBER = {"no_eos_score"}
 ZERO_TOO = {
     "lr", "warmup_ratio", "adam_betas", "weight_decay", "max_grad_norm", "max_skip_frac", "seed", "eval_every", "save_every",
-    "keep", "label_smoothing", "nll_coef", "centering", "active_sampling", "tis_cap", "kl_beta", "inflight",
+    "keep", "answers", "label_smoothing", "nll_coef", "centering", "active_sampling", "tis_cap", "kl_beta", "inflight",
     "eval_temperature", "log_samples", "value_clip", "value_coef", "value_lr", "value_warmup_steps", "gamma", "gae_lambda",
     "reward_model_coef",
 }  # fmt: skip

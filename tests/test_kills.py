@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import rl
 from conftest import assistant, user, write_jsonl
-from launch import PORTABLE, ROOT, children, command, free_port, metrics, quick
+from launch import MEASURED, PORTABLE, ROOT, children, command, free_port, metrics, quick
 from transformers import AutoConfig
 
 import common
@@ -56,8 +56,8 @@ def runs(tiny_model, tmp_path_factory):
 
 
 def course(out):
-    """All that a run logged, without what it measured on a clock."""
-    lines = [{name: value for name, value in line.items() if "second" not in name} for line in metrics(out)]
+    """All that a run logged, without what it measured of the machine."""
+    lines = [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(out)]
     samples = out / "samples.jsonl"
     return lines, samples.read_text() if samples.exists() else None
 
