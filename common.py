@@ -1678,12 +1678,12 @@ def load_data(args, encode, at_least):
     """The rows of --data, and of --eval_data (None without). Rank 0 prints an account, and shows a row of each source.
 
     Args:
-        args: has data, eval_data, seed, max_skip_frac and batch_size.
+        args: has data, eval_data, seed, max_skip_frac, batch_size and best.
         encode: as for `load_rows`.
         at_least: how many rows there have to be: mostly --batch_size.
 
     Raises:
-        DataError: as `load_rows`. RunError: fewer rows.
+        DataError: as `load_rows`. RunError: fewer rows; --best without held-out data.
     """
     if args.best and not args.eval_data:
         raise RunError(f"--best {args.best} is a metric of held-out data: give --eval_data")

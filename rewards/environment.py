@@ -464,7 +464,7 @@ class Rollouts:
         rows = held_out_rows or self.rows
         lines = []
         for sample in flatten(groups)[: self.args.log_samples]:
-            prompt_ids = sample.input_ids[~sample.trained]
+            prompt_ids = sample.input_ids[: sample.trained.argmax()]
             line = {
                 "step": done,
                 "row": rows.where(sample.row),
@@ -784,8 +784,9 @@ def slots_for(args, copies, room, slot):
 
 
 def _own_parameters(modules):
-    """How many parameters of sharded modules this rank has."""
-    return sum(parameter.to_local().numel() for module in modules for parameter in module.parameters())
+    """How many parameters that are trained, of sharded modules, this rank has."""
+    every = [parameter for module in modules for parameter in module.parameters()]
+    return sum(parameter.to_local().numel() for parameter in every if parameter.requires_grad)
 
 
 def _gib(number):

@@ -334,7 +334,7 @@ def test_mostly_cut_rows_are_a_warning_behind_the_report(tmp_path, capsys):
     long, short = chat(answer="5 " * 300), GOOD
     paths = [write_jsonl(tmp_path / name, rows) for name, rows in (("a.jsonl", [long] * 3 + [short] * 2),
                                                                    ("b.jsonl", [long, short]), ("c.jsonl", [long]))]  # fmt: skip
-    args = SimpleNamespace(data=paths[:2], eval_data=paths[2:], seed=0, max_skip_frac=0, batch_size=1)
+    args = SimpleNamespace(data=paths[:2], eval_data=paths[2:], seed=0, max_skip_frac=0, batch_size=1, best=None)
     common.load_data(args, encoder(), at_least=1)
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("WARNING")]
@@ -348,7 +348,7 @@ def test_mostly_cut_rows_are_a_warning_behind_the_report(tmp_path, capsys):
 def test_held_out_data_without_a_usable_row_is_refused_by_name(tmp_path):
     """Nothing would be measured."""
     paths = [write_jsonl(tmp_path / "a.jsonl", [GOOD]), write_jsonl(tmp_path / "b.jsonl", [chat(answer="5 " * 300)])]
-    args = SimpleNamespace(data=paths[:1], eval_data=paths[1:], seed=0, max_skip_frac=1.0, batch_size=1)
+    args = SimpleNamespace(data=paths[:1], eval_data=paths[1:], seed=0, max_skip_frac=1.0, batch_size=1, best=None)
     load = lambda: common.load_data(args, encoder(overlong="drop"), at_least=1)  # noqa: E731
     refused(paths[1], 1, "longer than --max_length; 0 of 1 rows usable", load)
 
