@@ -8,22 +8,24 @@ prompts (generate), and a right and a wrong answer of its own are a pair (curate
 tell them apart (reward_model.py), and the model itself to give the right ones (dpo.py). Or, from the same fine-tuned
 model, it tries answers and is told which sums are right: eight answers to a problem, which are compared (grpo.py), or
 one, which is compared with what a value model expected (ppo_rlvr.py). Measures it before and after on problems it has
-not seen (evaluate), and what was gained for how much of a change (kl). Draws the curves (plot.py), and shows what the
-value model thinks of each token (show_tokens.py).
+not seen (evaluate), and what was gained for how much of a change (kl). Ends with one page of it all (report.py).
+
+Two stages run at a time where neither needs the other. Interrupted, the same command goes on; a finished demo is only
+reported again, unless --anew is given or the code has changed.
 """
 
 import argparse
+import contextlib
 import importlib
-import json
 import os
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-STARTED = time.perf_counter()  # importing torch is a fair part of the wait
 
 # One thread: with two, on two cores that another program used too, a step took three to eight times as long, because
 # threads wait for each other busily. Read when torch is first imported, so it stands before the imports.
@@ -33,16 +35,13 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
-import plot  # noqa: E402
 import prepare  # noqa: E402
-import show_tokens  # noqa: E402
-import task  # noqa: E402
+import report  # noqa: E402
 from common import RunError  # noqa: E402
-from pipeline.estimates import wilson  # noqa: E402
+from record import Record  # noqa: E402
 
 LENGTHS = {"max_length": 64, "max_new_tokens": 32}
-FOLDERS = ("base", "clean", "sft", "rm", "dpo", "grpo", "ppo", "eval", "kl")  # that a demo makes, beside files
-FILES = ("samples", "pairs", "held_out_samples", "held_out_pairs")  # .jsonl, which would not be written again
+BESIDE = []  # the process that runs beside the main one, if any
 
 
 def command_line(flags):
@@ -56,23 +55,50 @@ def command_line(flags):
 
 def run_script(name, **flags):
     """Runs one of the project's scripts as a user would, showing the command. Stops the demo if it fails."""
-    words = command_line(flags)
-    print(f"\n$ python {name} {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, ROOT / name, *words]).returncode
-    if code:
-        sys.exit(f"error: {name} failed with exit code {code}")
+    run_command(name, [str(ROOT / name)], command_line(flags))
 
 
 def run_pipeline(name, *words, **flags):
-    """Likewise one of pipeline/, in this process, which saves its imports. words: the first, before flags."""
-    module = importlib.import_module(f"pipeline.{name}")
+    """Likewise one of pipeline/. words: the first, before flags. What is there at `out` is whole, and is left.
+
+    In this process, which saves its imports; beside another stage in one of its own, or both would share one core.
+    """
     words = [*words, *command_line(flags)]
-    print(f"\n$ python -m pipeline.{name} {shlex.join(words)}", flush=True)
-    kind = module.Sft | module.Pairs | module.Prompts if name == "curate" else module.Args
-    try:
-        module.main(tyro.cli(kind, args=words, use_underscores=True))
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    if Path(flags["out"]).exists():
+        print(f"\n{flags['out']} is there already", flush=True)
+    elif threading.current_thread() is not threading.main_thread():
+        run_command(f"-m pipeline.{name}", ["-m", f"pipeline.{name}"], words)
+    else:
+        print(f"\n$ python -m pipeline.{name} {shlex.join(words)}", flush=True)
+        module = importlib.import_module(f"pipeline.{name}")
+        kind = module.Sft | module.Pairs | module.Prompts if name == "curate" else module.Args
+        try:
+            module.main(tyro.cli(kind, args=words, use_underscores=True))
+        except RunError as error:
+            sys.exit(f"error: {error}")
+
+
+def run_command(name, program, words):
+    """Runs a Python program and shows its command; beside another stage, its name stands before each of its lines."""
+    shown = f"$ python {name} {shlex.join(words)}"
+    command = [sys.executable, *program, *words]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # python -m looks here, from any folder
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if threading.current_thread() is threading.main_thread():
+        print(f"\n{shown}", flush=True)
+        code = subprocess.run(command, env=environment).returncode
+    else:
+        margin = f"{name.removeprefix('-m pipeline.')} | "
+        print(f"\n{margin}{shown}", flush=True)
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            BESIDE.append(process)
+            for line in process.stdout:
+                _, _, last = line.decode(errors="replace").rstrip().rpartition("\r")  # of a progress bar its last state
+                print("\r\033[K" * sys.stdout.isatty() + margin + last, flush=True)
+        BESIDE.remove(process)
+        code = process.returncode
+    if code:
+        sys.exit(f"error: {name} failed with exit code {code}")
 
 
 def clean(out):
@@ -126,12 +152,15 @@ def dpo(out, seed, name="dpo", **flags):
 
 
 def grpo(out, seed, **flags):
-    flags = {"save_every": 8, "keep": 0} | flags
-    run_script(
-        "grpo.py", model=f"{out}/sft/model", data=f"{out}/clean/clean/prompts.jsonl",
+    run_script("grpo.py", **grpo_flags(out, seed), **{"save_every": 8, "keep": 0} | flags)
+
+
+def grpo_flags(out, seed):
+    return dict(
+        model=f"{out}/sft/model", data=f"{out}/clean/clean/prompts.jsonl",
         eval_data=f"{out}/held_out_prompts.jsonl:500", out=f"{out}/grpo", batch_size=64, group_size=8, slots=256,
         minibatches=4, normalize_std=True, lr=5e-4, lr_schedule="linear", steps=32, eval_every=8, seed=seed,
-        no_activation_checkpointing=True, **LENGTHS, **flags,
+        no_activation_checkpointing=True, **LENGTHS,
     )  # fmt: skip
 
 
@@ -150,16 +179,13 @@ def evaluate(model, out, seed=1):
 
     model: folder below `out`, the demo's; its numbers go to OUT/eval.
     """
-    found = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        folder = Path(out, "eval", f"{Path(model).relative_to(out).parts[0]}_{name}")
+    name = Path(model).relative_to(out).parts[0]
+    for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         run_pipeline(
             "evaluate", model=model, data=f"additions={out}/held_out_prompts.jsonl", temperature=temperature, slots=256,
-            out=folder, seed=seed, **LENGTHS,
+            out=f"{out}/eval/{name}_{kind}", seed=seed, **LENGTHS,
         )  # fmt: skip
-        [result] = json.loads(Path(folder, "results.json").read_text())["results"]
-        found[name] = result["pass@1"]
-    return found
+    return report.accuracy(out, name)
 
 
 def kl(out, models, folder, **flags):
@@ -177,54 +203,89 @@ def interval(share):
     return f"{share['mean']:.3f} [{share['low']:.3f}, {share['high']:.3f}]"
 
 
-def main(out, seed):
-    for folder in (Path(out, name) for name in FOLDERS[::-1]):
-        if folder.exists():
-            # an unfinished run would be continued and a finished one left as it is, but the demo always begins anew
-            if not Path(out, "base", "config.json").exists():
-                sys.exit(f"error: {folder} exists and is not from an earlier demo: choose another --out")
-            shutil.rmtree(folder)
-    for name in FILES:
-        Path(out, f"{name}.jsonl").unlink(missing_ok=True)
-    parameters = prepare.prepare(out, seed)
-    clean(out)
-    accuracy = {"random weights": evaluate(f"{out}/base", out)}
-    sft(out, seed)
-    accuracy["after sft.py"] = evaluate(f"{out}/sft/model", out)
-    pairs(out, seed)
-    reward_model(out, seed)
-    for name, stage in (("and dpo.py", dpo), ("or grpo.py", grpo), ("or ppo_rlvr.py", ppo)):
-        stage(out, seed)
-        accuracy[f"… {name}"] = evaluate(f"{out}/{stage.__name__}/model", out)
-    kl(out, [f"{out}/{stage}" for stage in ("dpo", "grpo", "ppo")], f"{out}/kl", best_of=32)
+def next_commands(out, seed):
+    """{name: command}: what one might do with a finished demo."""
+    out = str(Path(out))
+    demo, fork, other = (shlex.quote(out + end) for end in ("", "_fork", f"_{seed + 1}"))
+    flags = grpo_flags(out, seed) | {"out": f"{out}_fork"}
+    lengths = shlex.join(command_line(LENGTHS))
+    return {
+        "chat": f"python -m pipeline.chat --model {demo}/grpo/model --max_new_tokens 32",
+        "compare": f"python -m pipeline.evaluate --compare {demo}/eval/grpo_sampled {demo}/eval/dpo_sampled",
+        "seed": f"python demo/run.py --seed {seed + 1} --out {other}",
+        "make_fork": "python forks/make.py gspo > my_grpo.py",
+        "diff": "diff grpo.py my_grpo.py",
+        "run_fork": f"python my_grpo.py {shlex.join(command_line(flags))}",
+        "evaluate": f"python -m pipeline.evaluate --model {fork}/model --data additions={demo}/held_out_prompts.jsonl "
+        f"--temperature 1 {lengths} --out {fork}_eval",
+    }
 
-    lowest = task.lowest_loss(f"{out}/train.jsonl")
-    plot.plot(f"{out}/sft", f"{out}/loss.png", "Supervised fine-tuning on sloppy additions", lowest)
-    plot.plot_accuracy(f"{out}/rm", f"{out}/reward_model.png")
-    plot.plot_logprobs([f"{out}/dpo"], f"{out}/dpo.png")
-    plot.plot_reward(f"{out}/grpo", f"{out}/grpo.png", "GRPO: rewards")
-    plot.plot_reward(f"{out}/ppo", f"{out}/ppo.png", "PPO: rewards")
-    show_tokens.show(f"{out}/ppo", f"{out}/ppo_tokens.html")
-    share = plot.read(f"{out}/rm")[-1]["eval_accuracy"]
-    held_out = len(Path(out, "held_out_pairs.jsonl").read_text().splitlines())
-    low, high = wilson(share * held_out, held_out)
-    ranked = {"mean": share, "low": low, "high": high, "total": held_out}
-    Path(out, "results.json").write_text(json.dumps(accuracy | {"reward_model.py": ranked}, indent=2))
 
-    print(f"\nShare of {task.HELD_OUT} held-out additions that is right, 95 % intervals ({parameters:,} parameters)\n")
+@contextlib.contextmanager
+def second_lane():
+    """Yields start(function, *args), which runs functions one after another beside the main thread: a Future each.
+
+    If the main thread stops, what runs beside it is told to stop, too.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(BESIDE):
+            process.terminate()
+
+
+def main(out, seed, anew):
+    record = Record(out, seed, anew)
+
+    def stage(name, function, *args, **flags):
+        if not record.has(name):
+            started = time.perf_counter()
+            function(*args, **flags)
+            record.add(name, time.perf_counter() - started)
+
+    if record.finished:
+        print(f"{out}: this demo is finished, and is only reported again (--anew would make a new one)", flush=True)
+    with second_lane() as start:
+        stage("prepare", prepare.prepare, out, seed)
+        tuned = start(stage, "sft", sft, out, seed)
+        stage("clean", clean, out)
+        stage("evaluate base", evaluate, f"{out}/base", out)
+        tuned.result()
+        beside = [start(stage, "grpo", grpo, out, seed)]
+        stage("pairs", pairs, out, seed)
+        beside.append(start(stage, "dpo", dpo, out, seed))
+        for name in ("sft", "grpo", "dpo"):
+            beside.append(start(stage, f"evaluate {name}", evaluate, f"{out}/{name}/model", out))
+        stage("rm", reward_model, out, seed)
+        stage("ppo", ppo, out, seed)
+        beside.append(start(stage, "evaluate ppo", evaluate, f"{out}/ppo/model", out))
+        for each in beside[:2]:  # GRPO and DPO
+            each.result()
+        stage("kl", kl, out, [f"{out}/{name}" for name in ("dpo", "grpo", "ppo")], f"{out}/kl", best_of=32)
+        for each in beside:
+            each.result()
+    record.finish()
+    results = report.write(out, next_commands(out, seed))
+
+    print(f"\nShare of {results['problems']:,} held-out additions that is right, with 95 % intervals\n")
     print(f"{'':20}{'sampled':24}{'greedy':24}")
-    for name, result in accuracy.items():
-        print(f"{name:20}{interval(result['sampled']):24}{interval(result['greedy']):24}")
-    print(f"\nShare of {held_out} held-out pairs that reward_model.py ranks right: {interval(ranked)}")
-    print(
-        f"\n{time.perf_counter() - STARTED:.0f} s. Models: {out}/*/model   curves: {out}/*.png   "
-        f"accuracy against KL: {out}/kl/kl.png   {out}/ppo_tokens.html"
-    )
+    for name, shares in results["accuracy"].items():
+        print(f"{name:20}{interval(shares['sampled']):24}{interval(shares['greedy']):24}")
+    ranked = results["reward_model"]
+    print(f"\nShare of {ranked['total']} held-out pairs that reward_model.py ranks right: {interval(ranked)}")
+    print(f"\n{results['seconds']:.0f} s. Open {out}/report.html: what was learned, how, and what to do next.")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/demo", help="folder to write to; an earlier demo there is replaced")
+    parser.add_argument("--out", default="runs/demo", help="folder to write to")
     parser.add_argument("--seed", type=int, default=1, help="decides the weights, the demonstrations and their order")
+    parser.add_argument("--anew", action="store_true", help="delete the demo that is there, and begin again")
     args = parser.parse_args()
-    main(args.out, args.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs beside is ended, too
+    try:
+        main(args.out, args.seed, args.anew)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on")

@@ -68,6 +68,18 @@ def lowest_loss(path):
     return entropy / (sum(len(answer["content"]) + 1 for _, answer in rows) / len(rows))  # + 1: the end token
 
 
+def slip(problem, completion):
+    """Where a completion first leaves the right working: the index of a character, or None if it nowhere does.
+
+    The index is len(completion) where the completion ends too early.
+    """
+    working = demonstrate(problem, rng=None, slip=False)
+    for i, (found, expected) in enumerate(zip(completion, working, strict=False)):
+        if found != expected:
+            return i
+    return None if completion == working else min(len(completion), len(working))
+
+
 def is_right(problem, completion):
     """Whether what follows the completion's last # is the sum. The working is not looked at."""
     a, b = map(int, problem.rstrip("=").split("+"))
