@@ -1,4 +1,4 @@
-"""What the pages promise: their commands parse, and what docs/grpo.md says of the gradient of k3 is so."""
+"""What the pages promise: commands parse, links lead to what they show, and what docs/grpo.md says of k3 is so."""
 
 import importlib
 import itertools
@@ -14,7 +14,8 @@ from conftest import ROOT
 
 import grpo
 
-sys.path.insert(0, str(ROOT / "forks"))
+sys.path[:0] = [str(ROOT / "forks"), str(ROOT / "docs")]
+import links  # noqa: E402
 import make  # noqa: E402
 
 SCRIPTS = ("sft", "reward_model", "dpo", "grpo", "ppo_rlvr")
@@ -23,7 +24,9 @@ PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "do
 
 def commands(page):
     """The commands in the blocks of a page: a list of words each."""
-    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        if kind not in ("", "bash"):
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith(("python ", "torchrun ")):
                 yield shlex.split(line, comments=True)
@@ -68,6 +71,52 @@ def test_commands_parse(page):
 def test_commands_are_found():
     found = {page.stem: len(list(commands(page))) for page in PAGES if page.parent.name != "recipes"}
     assert all(found[name] for name in (*SCRIPTS, "README")), found
+
+
+@pytest.mark.parametrize("page", links.PAGES, ids=lambda page: page.stem)
+def test_links_to_lines(page):
+    """Each shows the code of its line. If only a number is old: python docs/links.py"""
+    text = page.read_text(encoding="utf-8")
+    found = [match["line"] for match in links.LINK.finditer(text)]
+    written = re.findall(r"\]\((?!https?:)[^)]*#L\d+\)", text)
+    assert len(found) == len(written), f"{page.name}: a link to a line that does not show its code"
+    new = [match["line"] for match in links.LINK.finditer(links.renewed(page, text))]
+    assert new == found, f"{page.name} has old line numbers: run python docs/links.py"
+
+
+def test_a_link_whose_code_is_gone_is_named(tmp_path):
+    (tmp_path / "code.py").write_text("A = 1\n\n\ndef f():\n    a = b\n\n\ndef g():\n    a = b\n    return a | b\n")
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+
+    def renewed(code):
+        return links.renewed(page, f"| [{code}](../code.py#L1) |")
+
+    assert renewed("`f`").endswith("#L4) |") and renewed("`A`").endswith("#L1) |")
+    assert renewed("`g`: `a = b`").endswith("#L9) |") and renewed(r"`return a \| b`").endswith("#L10) |")
+    for code, message in {
+        "`a = b`": "stands in 2 lines of code.py", "`g`: `b = a`": "stands in 0 lines of g", "`h`: `a = b`": "does not define h",
+    }.items():  # fmt: skip
+        with pytest.raises(links.LinkError, match=message):
+            renewed(code)
+
+
+def anchors(page):
+    """The names by which GitHub links to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head).lower() for head in heads]
+    return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}_{page.stem}")
+def test_links_between_pages(page):
+    """The file is there, and so is the heading."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not heading or not file.suffix == ".md" or heading in anchors(file), f"{page.name}: {target}"
 
 
 def test_gradient_of_k3():
