@@ -40,14 +40,14 @@ STEPS = 12
 GRPO = {
     "grpo": {},
     "grpo_kl": {"kl_beta": 0.05},
-    "grpo_slow": {"lr": 7e-6},
+    "grpo_slow": {"lr": 2e-5},
     "grpo_floor": {"data": "{out}/floor_band.jsonl"},
     "grpo_judge": {"reward_model": "{out}/judge/model", "reward_model_coef": 0.2},
 }
 PATHS = ("data", "reward_model")  # flags above that name files
 HARD = tuple(constraints.KINDS)[7:]  # the kinds that a few words do not follow
 SHOWN = ("detectable_format:title", "punctuation:no_comma", "length_constraints:number_sentences")  # one answer of each
-METHODS = ("sft_best", "sft_random", "dpo", "grpo", "grpo_kl", "ppo", "grpo_judge", "grpo_floor", "grpo_slow")
+METHODS = ("grpo", "sft_best", "sft_random", "dpo", "grpo_kl", "grpo_judge", "ppo", "grpo_floor", "grpo_slow")
 
 
 def once(path, name, *words, **flags):
@@ -96,13 +96,13 @@ def train(model, out, seed, only):
     """The runs of a seed; those that are finished are left."""
     shared = {"seed": seed, "save_every": 0, "max_length": SAMPLING["max_length"], "no_activation_checkpointing": True}
     from_start = shared | {"model": model, "batch_size": 8, "tokens_per_microbatch": 2048}
-    rl = {**SAMPLING, "lr": 2e-5, "steps": STEPS, "epochs": 99, "save_every": STEPS // 2, "keep": 0, "slots": 64}
+    rl = {**SAMPLING, "lr": 6e-5, "steps": STEPS, "epochs": 99, "save_every": STEPS // 2, "keep": 0, "slots": 64}
     for kind in ("best", "random"):
         if f"sft_{kind}" in only:
-            flags = {"data": f"{out}/{kind}.jsonl", "out": f"{out}/sft_{kind}", "lr": 1e-5, "epochs": 2}
+            flags = {"data": f"{out}/{kind}.jsonl", "out": f"{out}/sft_{kind}", "lr": 1e-4, "epochs": 4}
             demo.run_script("sft.py", **from_start | flags)
     if "dpo" in only:
-        flags = {"data": f"{out}/pairs.jsonl", "out": f"{out}/dpo", "lr": 5e-6, "beta": 0.1, "epochs": 2}
+        flags = {"data": f"{out}/pairs.jsonl", "out": f"{out}/dpo", "lr": 5e-5, "beta": 0.1, "epochs": 2}
         demo.run_script("dpo.py", **from_start | flags, nll_coef=0.2)
     models = {"rm": ("pairs", "ppo"), "judge": ("judge_pairs", "grpo_judge")}
     for name, (pairs, user) in models.items():
@@ -117,7 +117,7 @@ def train(model, out, seed, only):
             demo.run_script("grpo.py", **from_start | rl | flags | changed)
     if "ppo" in only:
         flags = {"data": f"{out}/band.jsonl", "out": f"{out}/ppo", "value_model": f"{out}/rm/model", "batch_size": 64}
-        flags |= {"value_lr": 2e-5, "minibatches": 4, "value_clip": 0}
+        flags |= {"value_lr": 6e-5, "minibatches": 4, "value_clip": 0}
         demo.run_script("ppo_rlvr.py", **from_start | rl | flags)
     for state in Path(out).glob("*/checkpoints/step_*/state"):  # only to go on from: 1.6 GB each
         if (state.parents[2] / "model").exists():
