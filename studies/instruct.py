@@ -11,6 +11,7 @@ held out. From the start each method may have 768 completions of at most 80 toke
     grpo                     12 steps of 8 prompts in the band of difficulty (0 < pass rate <= 0.625), 8 of each
     grpo_kl                  the same with --kl_beta 0.05
     grpo_slow                at a third of the learning rate
+    grpo_end                 what is cut off earns nothing
     grpo_floor               the same prompts, which also ask for at least 30 words
     grpo_judge               plus the score of a reward model of fluency: of answers at temperature 0.7 against 1.5
     ppo                      12 steps of 64 prompts, one of each, the value model made of a reward model of dpo's pairs
@@ -42,12 +43,13 @@ GRPO = {
     "grpo_kl": {"kl_beta": 0.05},
     "grpo_slow": {"lr": 2e-5},
     "grpo_floor": {"data": "{out}/floor_band.jsonl"},
+    "grpo_end": {"no_eos_score": 0.0},
     "grpo_judge": {"reward_model": "{out}/judge/model", "reward_model_coef": 0.2},
 }
 PATHS = ("data", "reward_model")  # flags above that name files
 HARD = tuple(constraints.KINDS)[7:]  # the kinds that a few words do not follow
 SHOWN = ("detectable_format:title", "punctuation:no_comma", "length_constraints:number_sentences")  # one answer of each
-METHODS = ("grpo", "sft_best", "sft_random", "dpo", "grpo_kl", "grpo_judge", "ppo", "grpo_floor", "grpo_slow")
+METHODS = ("grpo", "sft_best", "sft_random", "dpo", "grpo_kl", "grpo_judge", "ppo", "grpo_slow", "grpo_end", "grpo_floor")
 
 
 def once(path, name, *words, **flags):

@@ -13,10 +13,16 @@ sys.path.insert(0, str(ROOT / "forks"))
 import make as forks  # noqa: E402
 
 
+def base_of(name):
+    """The script that a fork is made for: "grpo.py"."""
+    return forks._constant((ROOT / "forks" / f"{name}.py").read_text(encoding="utf-8"), "BASE")
+
+
 @lru_cache
 def forked(*names, base=None):
     """The module that `python forks/make.py NAMES` makes; without names, the script itself."""
-    stem = Path(base or "grpo.py").stem
+    base = base or (base_of(names[0]) if names else "grpo.py")
+    stem = Path(base).stem
     if not names:
         return importlib.import_module(stem)
     path = Path(tempfile.mkdtemp(dir=CACHE), f"{stem}_{'_'.join(names)}.py")
