@@ -49,7 +49,7 @@ GRPO = {
 PATHS = ("data", "reward_model")  # flags above that name files
 HARD = tuple(constraints.KINDS)[7:]  # the kinds that a few words do not follow
 SHOWN = ("detectable_format:title", "punctuation:no_comma", "length_constraints:number_sentences")  # one answer of each
-METHODS = ("grpo", "sft_best", "sft_random", "dpo", "grpo_kl", "grpo_judge", "ppo", "grpo_slow", "grpo_end", "grpo_floor")
+METHODS = ("sft_best", "sft_random", "dpo", "ppo", *GRPO)
 
 
 def once(path, name, *words, **flags):
