@@ -46,7 +46,7 @@ def test_a_page_of_two_runs(tmp_path):
     runs = make_run(tmp_path / "a"), make_run(tmp_path / "b", args={"lr": 2e-3}, evil="<script>alert(1)</script>")
     text = make(*runs, out=tmp_path / "page.html")
     assert text == make(*runs, out=tmp_path / "page.html")  # a report may be made anew
-    for shown in ("300 of 300", "0:10:00", "c0ffee00", "3.5 GiB", "a.jsonl: 7 rows read, 7 kept", "2+2=5 at 100"):
+    for shown in ("300 of 300", "0:10:00", "c0ffee00", "3.5 GiB", "a.jsonl: 7 rows read, 7 kept", "2+2=5 at 200"):
         assert shown in text
     assert re.findall(r"<h2>(.*)</h2>", text)[:5] == ["Flags that differ", "Held-out data", "Rewards", "Training", "Speed and memory"]
     assert re.search(r"<td>--lr</td><td>0.001</td><td>0.002</td>", text) and "<td>--batch_size</td>" not in text
