@@ -21,17 +21,24 @@ killed and replaced, its job gets the reason `timeout`, and the next job does no
 ground truth, except at the edge of these limits.
 
 The caller never forks (it may hold CUDA), starts no thread but that of judges, and reads 64 KiB of a reply at most.
+
+Where there is no Linux (on a Mac) no programs are judged, and a worker is one process, which takes seconds to replace.
+`ps` tells what it uses, and memory over the limit is a `timeout`. There no signal comes when the caller ends: a thread
+looks for that, and kills the worker's process group. It cannot while a verifier is in one call of C; then the kernel
+ends the worker at its limit of processor time.
 """
 
 import ctypes
 import json
 import logging
+import math
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from contextlib import suppress
@@ -41,10 +48,10 @@ from multiprocessing.connection import wait
 from rewards import sandbox, verifiers
 from rewards.jobs import combine, fail, split_job
 from rewards.judges import Judges
-from rewards.sandbox import SIGKILL, die_with
+from rewards.sandbox import ON_LINUX, SIGKILL, die_with
 from rewards.verifiers import VERIFIERS, Verdict, as_verdict, judge, not_judged
 
-MEMORY = 2**30  # bytes of address space of a worker
+MEMORY = 2**30  # bytes of address space of a worker; without Linux, of memory, with its children's
 RECYCLED = 2**29  # a worker that has ever been this large is replaced
 REPLY = 65536  # bytes of a verdict, at most
 MAX_UNJUDGED = 0.5  # as `max_failed` of Pool, of verdicts that are `unjudged`
@@ -81,7 +88,8 @@ class Pool:
             fail("a verifier is defined in the script itself, which workers do not import: give it a module of its own")
         if not workers:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = max(1, len(os.sched_getaffinity(0)) // ranks)
+            cores = len(os.sched_getaffinity(0)) if ON_LINUX else os.cpu_count() or 1
+            workers = max(1, cores // ranks)
         self.sandbox = sandbox
         self.sandbox_checked = False
         self.max_failed = max_failed
@@ -314,7 +322,7 @@ class Pool:
 
 
 class Worker:
-    """A supervisor process and the child that it has forked to judge.
+    """A supervisor process and the child that it has forked to judge; without Linux, one process that is both.
 
     The supervisor has everything imported, so a killed child is replaced in milliseconds; a killed supervisor is
     started again. Each child comes with a socket of its own, which ends when the child does. So a worker is
@@ -335,7 +343,7 @@ class Worker:
     def start(self):
         """Starts a supervisor, without waiting for it."""
         self.connection = self.job = None
-        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        self.control, theirs = socket.socketpair(type=SOCKET)
         code = (
             "import json, sys; sys.path = json.loads(sys.argv[1])[0]; "
             "from rewards import pool; pool.supervise(*sys.argv[1:])"
@@ -368,23 +376,22 @@ class Worker:
     def give(self, number: int, part: tuple) -> bool:
         """Sends (verifier, completion, ground truth, context); False if the child cannot be relied on any more."""
         name, *_ = part
-        fd = os.memfd_create("part")  # of any length: sending it does not wait for the child to read
+        self.part = anonymous_file()  # of any length: sending it does not wait for the child to read
         try:
             with suppress(BlockingIOError):  # it is silent
                 self.connection.recv(1, socket.MSG_DONTWAIT)
                 raise OSError("it has ended, or says something unasked")
-            with open(fd, "wb", closefd=False) as file:
-                file.write(json.dumps(part).encode())
+            self.part.write(json.dumps(part).encode())
+            self.part.flush()
             self.seconds = VERIFIERS[name].seconds
-            self.clock = ~self.pid << 3 | 2  # the clock of a process's processor time: clock_getcpuclockid(3)
-            self.start_time = time.clock_gettime(self.clock)
+            if ON_LINUX:
+                self.clock = ~self.pid << 3 | 2  # the clock of a process's processor time: clock_getcpuclockid(3)
+                self.start_time = time.clock_gettime(self.clock)
             self.watch = sandbox.Watch()
-            socket.send_fds(self.connection, [str(number).encode()], [fd])
+            socket.send_fds(self.connection, [str(number).encode()], [self.part.fileno()])
         except OSError:
             self.kill()
             return False
-        finally:
-            os.close(fd)
         self.job = number
         return True
 
@@ -398,7 +405,11 @@ class Worker:
         """Whether the job has taken too long: of processor time, of its children's too, or of sleep."""
         if self.job is None:
             return False
-        self.watch.look(sandbox.family(self.pid))
+        if self.watch.is_due():
+            family = sandbox.family(self.pid)
+            self.watch.look(family)
+            if not ON_LINUX and sandbox.memory(family) > MEMORY:
+                return True
         return (
             self.used() >= self.seconds
             or self.watch.used >= 5 * self.seconds
@@ -406,7 +417,9 @@ class Worker:
         )
 
     def used(self) -> float:
-        """Seconds of processor time that the child has spent on the job."""
+        """Seconds of processor time that the child has spent on the job; without Linux, with its children's."""
+        if not ON_LINUX:
+            return self.watch.used
         try:
             return time.clock_gettime(self.clock) - self.start_time
         except OSError:  # it has just died
@@ -418,7 +431,7 @@ class Worker:
             self.connect()
             return None
         try:
-            number, is_last, *reply = json.loads(self.connection.recv(REPLY, socket.MSG_DONTWAIT))
+            number, is_last, *reply = json.loads(self.read_reply())
             verdict = as_verdict(Verdict(*reply))
         except (OSError, ValueError, TypeError, RecursionError):  # it has died, or talks nonsense
             number = verdict = None
@@ -430,12 +443,23 @@ class Worker:
             self.kill()
         return verdict
 
+    def read_reply(self) -> bytes:
+        """What the child says. Raises OSError if that cannot be read."""
+        reply = self.connection.recv(REPLY, socket.MSG_DONTWAIT)
+        if not ON_LINUX:  # a line may come in pieces
+            self.connection.settimeout(1.0)
+            while reply[-1:] not in (b"", b"\n") and len(reply) < REPLY:
+                reply += self.connection.recv(REPLY - len(reply)) or b"\n"  # or it has died
+            self.connection.settimeout(None)
+        return reply
+
     def connect(self):
         """Reads from the supervisor: the next child, or the end of it, and then starts another."""
-        message, fds, *_ = socket.recv_fds(self.control, 32, 1, socket.MSG_CMSG_CLOEXEC)
-        if fds:
+        flags = socket.MSG_CMSG_CLOEXEC if ON_LINUX else 0
+        message, fds, *_ = socket.recv_fds(self.control, 32, 1, flags)
+        if fds or (message and not ON_LINUX):
             self.pid = int(message)
-            self.connection = socket.socket(fileno=fds[0])
+            self.connection = socket.socket(fileno=fds[0]) if fds else self.control.dup()
             self.failed_starts = 0
             return
         self.failed_starts += 1
@@ -448,8 +472,8 @@ class Worker:
         """Kills the child, if there is one. The supervisor will send another."""
         if self.connection is None:
             return
-        with suppress(ProcessLookupError):  # it may just have died
-            os.kill(self.pid, SIGKILL)
+        with suppress(ProcessLookupError, PermissionError):  # it may just have died: a Mac's error is the latter
+            (os.kill if ON_LINUX else os.killpg)(self.pid, SIGKILL)
         self.connection.close()
         self.connection = self.job = None
 
@@ -463,6 +487,19 @@ class Worker:
                 self.process.wait(1)  # it ends the children's children, and itself
         self.process.kill()  # and the kernel its child
         self.process.wait()
+
+
+# SOCK_SEQPACKET keeps messages apart. A Mac lacks it: there a number is alone on its way, and a reply is a line.
+SOCKET = socket.SOCK_SEQPACKET if ON_LINUX else socket.SOCK_STREAM
+
+
+def anonymous_file():
+    """A file without a name, which ends when nobody has it open."""
+    if ON_LINUX:
+        return os.fdopen(os.memfd_create("part"), "wb")
+    import tempfile
+
+    return tempfile.TemporaryFile()
 
 
 # ---------------------------------------------------------------- the worker's side
@@ -491,13 +528,18 @@ def supervise(arguments: str, control: str, caller: str):
     for part in WARM_UP:
         judge(*part)
     control = socket.socket(fileno=int(control))
+    if not ON_LINUX:
+        with suppress(OSError):  # the caller has closed
+            control.send(str(os.getpid()).encode())
+            serve(control)
+        os.killpg(0, SIGKILL)  # with what verifiers have left behind
     libc = ctypes.CDLL(None)
     PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no program of the same user can look into what judges it
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # for `end_orphans`
     supervisor = os.getpid()
     while True:
-        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(type=SOCKET)
         pid = os.fork()
         if pid == 0:
             control.close()
@@ -529,12 +571,13 @@ def end_orphans():
 
 def serve(connection: socket.socket):
     """The main program of a child: judge until the caller is gone."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if ON_LINUX:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        os.register_at_fork(after_in_child=lambda: die_with(os.getppid()))  # what a verifier forks ends with it
     sys.set_int_max_str_digits(0)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 2)  # hostile formulas make sympy print warnings too, past `logging`
     own_pid = os.getpid()
-    os.register_at_fork(after_in_child=lambda: die_with(os.getppid()))  # what a verifier forks ends with it
     is_last = False
     while not is_last:
         number, fds, *_ = socket.recv_fds(connection, 32, 1)
@@ -543,12 +586,20 @@ def serve(connection: socket.socket):
         with open(fds[0], "rb") as file:
             file.seek(0)
             part = json.load(file)
+        if not ON_LINUX:
+            limit_processor_time(VERIFIERS[part[0]].seconds)
         verdict = judge(*part)
         if os.getpid() != own_pid:
-            return  # the verifier has forked, and this is the copy
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            os._exit(0)  # the verifier has forked, and this is the copy
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         is_last = largest > RECYCLED or has_company()
-        connection.send(json.dumps([int(number), is_last, *verdict]).encode())
+        connection.sendall(json.dumps([int(number), is_last, *verdict]).encode() + b"\n")
+
+
+def limit_processor_time(seconds: float):
+    """The kernel kills this process when it has used that much more, and some: the caller is first, if it lives."""
+    limit = math.ceil(time.process_time() + seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def has_company() -> bool:
@@ -557,5 +608,7 @@ def has_company() -> bool:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass  # one that had ended
     except ChildProcessError:
+        if not ON_LINUX:
+            return threading.active_count() > 2  # the main thread, and that of `die_with`
         return len(os.listdir("/proc/self/task")) > 1
     return True

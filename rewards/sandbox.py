@@ -30,6 +30,9 @@ Processor time ends what computes, and sleep what sleeps, but no clock: on a bus
 and its verdict is the same. See `Watch`.
 
 This is a fence around a policy that looks for shortcuts, not around an attacker with a kernel exploit.
+
+All of it is Linux's. Elsewhere no program is run, at no level: without these layers it could read, change and send
+whatever its user can. What the pool needs besides, there `ps` says, and not /proc: see `listing`.
 """
 
 # The fenced-in process imports this file too, and for tests of functions remote.py and harness.py, but not the package:
@@ -48,6 +51,12 @@ OUTPUT = 2**24  # bytes printed; never a function of what a right program prints
 SIGKILL = 9
 REQUIRED = ("landlock", "seccomp")
 LEVELS = ("full", "weak")
+ON_LINUX = sys.platform == "linux"
+ELSEWHERE = (
+    f"model-written programs are run on Linux only, whose kernel can fence them in. On {sys.platform} they could do "
+    "whatever you can, so --sandbox weak does not run them either. Use a Linux machine or container (Docker), or data "
+    "without rows of `code`"
+)
 CONFINED = "confined"  # the report of a process that has fenced itself in
 DESCRIPTORS = ("stdin", "stdout", "stderr", "text", "report")  # what the files 0 to 4 of the new process are
 
@@ -138,10 +147,17 @@ def missing_layers() -> list[str]:
         return read(files["stdout"]).split()
 
 
+def refuse_elsewhere():
+    """Raises SandboxError where there is nothing to fence a program in with."""
+    if not ON_LINUX:
+        raise SandboxError(ELSEWHERE)
+
+
 def require(level: str) -> list[str]:
     """The layers missing here. Raises SandboxError when `level` cannot do without one of them."""
     if level not in LEVELS:
         raise SandboxError(f"unknown level of the sandbox: {level!r}; there are {', '.join(LEVELS)}")
+    refuse_elsewhere()
     missing = missing_layers()
     if level == "full" and set(missing) & set(REQUIRED):
         raise SandboxError(
@@ -159,6 +175,7 @@ class Files(dict):
 
     def __init__(self, **texts: str):
         super().__init__()
+        refuse_elsewhere()  # before anything is started, since no program starts without these
         for name, text in {"stderr": "", "report": "", **texts}.items():
             fd = out_of_the_way(os.memfd_create(name))
             self[name] = fd
@@ -201,6 +218,7 @@ def start(mode: str, level: str, files: dict[str, int]) -> int:
     """
     import sysconfig
 
+    refuse_elsewhere()
     here = os.path.dirname(os.path.abspath(__file__))
     packages = sysconfig.get_path("purelib")
     code = "import sys; sys.path.insert(0, sys.argv.pop()); import sandbox; sandbox.inside(*sys.argv[1:])"
@@ -281,6 +299,10 @@ class Watch:
         self.looked = time.monotonic()
         self.before = None  # processor time at the first look
 
+    def is_due(self) -> bool:
+        """Whether a look would count."""
+        return time.monotonic() - self.looked >= LOOK
+
     def look(self, pids: list[int]):
         """Adds LOOK to `slept` if all of them sleep and have done so for most of the time since the last look."""
         passed = time.monotonic() - self.looked
@@ -296,7 +318,7 @@ class Watch:
                 letters.add("R")
         if self.before is None:
             self.before = total
-        elif total - self.before - self.used < passed / 5 and not letters & {"R", "D"}:
+        elif total - self.before - self.used < passed / 5 and not letters & {"R", "D", "U"}:  # U: D, but on a Mac
             self.slept += LOOK
         self.used = max(self.used, total - self.before)
         self.looked += passed
@@ -307,21 +329,33 @@ def family(pid: int) -> list[int]:
     pids = [pid]
     for parent in pids:  # which grows meanwhile
         try:
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                pids += children(parent, thread)
+            pids += children(parent)
         except OSError:  # it has just ended
             pass
     return pids
 
 
-def children(pid: int, thread: str) -> list[int]:
-    """The processes that a thread has started."""
-    with open(f"/proc/{pid}/task/{thread}/children") as file:
-        return [int(child) for child in file.read().split()]
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    if not ON_LINUX:
+        return [child for child, (parent, *_) in listing().items() if parent == pid]
+    started = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/children") as file:
+            started += [int(child) for child in file.read().split()]
+    return started
+
+
+def memory(pids: list[int]) -> int:
+    """Bytes of memory that processes hold, where there is no /proc."""
+    found = listing()
+    return sum(found[pid][3] for pid in pids if pid in found)
 
 
 def states(pid: int) -> list[str]:
     """The letter of each of its threads: R runs or waits for a core, D waits for a disk, S sleeps, T is stopped."""
+    if not ON_LINUX:
+        return [listed(pid)[2]]  # one for all threads
     letters = []
     for thread in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{thread}/stat") as file:
@@ -330,10 +364,46 @@ def states(pid: int) -> list[str]:
 
 
 def processor_time(pid: int) -> float:
-    """Seconds that a process has used, with those of children that it has waited for."""
+    """Seconds that a process has used, on Linux with those of children that it has waited for."""
+    if not ON_LINUX:
+        return listed(pid)[1]
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(") ")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime
+
+
+def listed(pid: int) -> tuple[int, float, str, int]:
+    """What `listing` says of a process. Raises ProcessLookupError, an OSError, if it has ended."""
+    if pid not in (found := listing()):
+        raise ProcessLookupError(f"no process {pid}")
+    return found[pid]
+
+
+_listing = -LOOK, {}  # when `ps` was last asked, and what `listing` returned
+
+
+def listing() -> dict[int, tuple[int, float, str, int]]:
+    """Where there is no /proc, what `ps` says: {process: (parent, seconds of processor time, letter, bytes in memory)}.
+
+    `ps` is asked again when that is half a LOOK old.
+    """
+    global _listing
+    import subprocess
+
+    if time.monotonic() - _listing[0] < LOOK / 2:
+        return _listing[1]
+    columns = "pid ppid time stat rss".split()
+    command = ["ps", "-A", *(f"-o{name}=" for name in columns)]
+    lines = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+    found = {}
+    for pid, parent, used, state, kibibytes in map(str.split, lines.splitlines()):
+        days, _, clock = used.rpartition("-")  # [days-][hours:]minutes:seconds
+        seconds = 86400.0 * int(days or 0)
+        for power, part in enumerate(reversed(clock.split(":"))):
+            seconds += float(part) * 60**power
+        found[int(pid)] = int(parent), seconds, state[0], 1024 * int(kibibytes)
+    _listing = time.monotonic(), found
+    return found
 
 
 # ---------------------------------------------------------------- the new process
@@ -430,11 +500,23 @@ def confine(parent: int) -> list[str]:
 
 
 def die_with(parent: int):
-    """The kernel kills this process when its parent ends, however it ends."""
+    """The kernel kills this process when its parent ends, however it ends. Without Linux a thread kills its group."""
+    if not ON_LINUX:
+        import threading
+
+        threading.Thread(target=end_group_with, args=(parent,), daemon=True).start()
+        return
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # before that call
         os._exit(1)
+
+
+def end_group_with(parent: int):
+    """Kills this process and its group when the process `parent`, which started it, has ended."""
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os.killpg(0, SIGKILL)
 
 
 def drop_capabilities(libc):
