@@ -28,7 +28,7 @@ def flags(tiny_model, tmp_path_factory):
     data = write_jsonl(folder / "rows.jsonl", rows)
     return {
         "model": model, "data": data, "eval_data": data, "max_length": 128, "batch_size": 4, "epochs": 2.5,
-        "tokens_per_microbatch": 128, "lr": 1e-3, "save_every": SAVE_EVERY, "eval_every": 7,
+        "tokens_per_microbatch": 128, "lr": 1e-3, "save_every": SAVE_EVERY, "eval_every": 7, "answers": 0,
     }  # fmt: skip
 
 

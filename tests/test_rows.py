@@ -396,7 +396,7 @@ def test_an_example_of_each_source_without_colours_in_a_log(chat, tmp_path, caps
     two = write_jsonl(tmp_path / "two.jsonl", [{"messages": [user("a"), assistant("from two")]}])
 
     class Args:
-        data, eval_data, seed, max_skip_frac, batch_size = [one, two], [], 0, 0.01, 1
+        data, eval_data, seed, max_skip_frac, batch_size, best = [one, two], [], 0, 0.01, 1, None
 
     common.load_data(Args, SftEncoder(chat, 10**6, 100, "truncate"), 1)
     out = capsys.readouterr().out

@@ -37,7 +37,7 @@ def gsm8k(tmp_path_factory):
         "model": shared("models", "stories260k"), "chat_template": "tulu", "max_length": 256, "max_skip_frac": 0.3,
         "data": write_jsonl(folder / "train.jsonl", [{"messages": m} for m in messages[:100]]),
         "eval_data": write_jsonl(folder / "test.jsonl", [{"messages": m} for m in messages[100:]]),
-        "batch_size": 8, "lr": 1e-3, "steps": 20, "save_every": 0, "eval_every": 10,
+        "batch_size": 8, "lr": 1e-3, "steps": 20, "save_every": 0, "eval_every": 10, "answers": 0,
     }  # fmt: skip
     return flags
 
