@@ -1905,7 +1905,7 @@ def _encode_cached(raw, row_numbers, name, encode):
         "skip": datasets.Value("string"),
         "row": datasets.Value("int64"),
     }
-    workers = min(os.cpu_count() or 1, len(raw) // 5000)
+    workers = min(os.cpu_count() or 1, len(raw) // 5000) if sys.platform == "linux" else 1  # elsewhere forks are unsafe
     settings = {"row_numbers": row_numbers, "encode": encode}
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
@@ -1933,7 +1933,8 @@ def _die_with_parent(_):
         os._exit(1)
 
 
-multiprocess.util.register_after_fork(datasets, _die_with_parent)  # it would wait for ever, and hold the cache's lock
+if sys.platform == "linux":  # elsewhere nothing is forked
+    multiprocess.util.register_after_fork(datasets, _die_with_parent)  # else it waits for ever, holding the lock
 
 
 def _encode_row(raw, index, row_numbers, encode):
