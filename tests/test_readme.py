@@ -34,6 +34,11 @@ def test_tables_are_those_of_the_results(page):
     assert text.count("<!-- table ") == len(tables.TABLE.findall(text))
 
 
+def test_the_time_of_the_demo_is_that_of_the_results():
+    assert f"[{tables.results('demo')['seconds']:.0f} s](benchmarks/results/demo.json) on two cores" in README
+    assert tables.results("demo")["cores"] == 2 and tables.results("demo")["calls"] == 1
+
+
 def test_every_table_is_shown():
     shown = {name for page in tables.PAGES for name in tables.TABLE.findall(page.read_text(encoding="utf-8"))}
     assert shown == tables.TABLES.keys()
