@@ -293,10 +293,12 @@ class Rows:
     def by_source(self):
         """{NAME: (n,) the rows of a source}. NAME: its last part without ending; all of it if others end so, too."""
         of_row = self.table.with_format("numpy")["source"][:]  # (N,)
-        whole = [self.sources[number] for number in of_row]  # a source that is given twice is one
-        short = {source: Path(source).name.partition(".")[0] for source in dict.fromkeys(whole)}
+        numbers = {}  # {source: its numbers}; one that is given twice is one
+        for number in np.unique(of_row):
+            numbers.setdefault(self.sources[number], []).append(number)
+        short = {source: Path(source).name.partition(".")[0] for source in numbers}
         names = {source: name if [*short.values()].count(name) == 1 else source for source, name in short.items()}
-        return {names[source]: np.flatnonzero(np.array(whole) == source) for source in names}
+        return {names[source]: np.flatnonzero(np.isin(of_row, numbers[source])) for source in numbers}
 
     def keep(self, indices):
         """Leaves out all rows but those at `indices`, in place. The fingerprint stays that of all."""
@@ -2339,19 +2341,25 @@ def write_answers(out, step, rows, prompts, answers, chat):
         prompts: of `some_prompts`. answers: a list of token ids for each.
 
     Raises:
-        RunError: the disk is full, say.
+        RunError: as `append_samples`.
     """
     lines = []
     for (i, prompt), ids in zip(prompts, answers, strict=True):
         texts = {"prompt": chat.tokenizer.decode(prompt), "completion": chat.tokenizer.decode(ids)}
         ended = ids[-1:] != [] and ids[-1] in chat.stop_ids
         lines.append({"step": step, "row": rows.where(i), **texts, "ended": ended, "held_out": True})
+    append_samples(out, lines)
+    return lines
+
+
+def append_samples(out, lines):
+    """Appends dicts to OUT/samples.jsonl. Raises RunError if that fails: the disk is full, say."""
+    path = Path(out, "samples.jsonl")
     try:
-        with open(Path(out, "samples.jsonl"), "a") as file:
+        with open(path, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     except OSError as error:
-        raise RunError(f"writing {out}/samples.jsonl failed: {first_line(error)}") from None
-    return lines
+        raise RunError(f"writing {path} failed: {error}") from None
 
 
 def describe_data(rows, eval_rows):

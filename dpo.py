@@ -197,7 +197,7 @@ def evaluate(args, policy, rows, ref_logprobs, device):
         _, metrics = preference_loss(args, answer_logprobs, answer_lengths, ref)
         sums.add(**{f"{name}/{source}": values for name, values in metrics.items()})
     policy.train()
-    return common.means_by_source(sums.over_ranks(), rows, np.ones(len(rows)))
+    return common.means_by_source(sums.over_ranks(), rows, np.ones(len(rows)))  # each divided by its pairs
 
 
 def main(args):
@@ -292,7 +292,7 @@ def check_flags(args):
 def show_answers(args, run, policy, done):
     """Prints and logs the likeliest answers to --answers held-out prompts, control tokens and all."""
     prompts = common.some_prompts(run.eval_rows, args.answers)
-    answers = greedy(policy, [ids for _, ids in prompts], 64, run.chat.stop_ids)
+    answers = greedy(policy, [ids for _, ids in prompts], 64, run.chat.stop_ids)  # at most 64 tokens each
     if dist.get_rank() == 0:
         for line in common.write_answers(run.out, done, run.eval_rows, prompts, answers, run.chat):
             tqdm.write(f"step {done}: {line['prompt'][-60:]!r} {line['completion']!r}")

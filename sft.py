@@ -128,7 +128,7 @@ def evaluate(args, policy, rows, device):
     for source, indices in common.deal_by_source(rows, args.tokens_per_microbatch):
         sums.add(**{f"loss/{source}": policy(common.pack(rows.sequences(indices), device))})
     policy.train()
-    return common.means_by_source(sums.over_ranks(), rows, rows.trained)
+    return common.means_by_source(sums.over_ranks(), rows, rows.trained)  # each sum divided by its Σ_t m_t      (1)
 
 
 def main(args):
@@ -203,7 +203,7 @@ def main(args):
 def show_answers(args, run, policy, done):
     """Prints and logs the likeliest answers to --answers held-out prompts, control tokens and all."""
     prompts = common.some_prompts(run.eval_rows, args.answers)
-    answers = greedy(policy, [ids for _, ids in prompts], 64, run.chat.stop_ids)
+    answers = greedy(policy, [ids for _, ids in prompts], 64, run.chat.stop_ids)  # at most 64 tokens each
     if dist.get_rank() == 0:
         for line in common.write_answers(run.out, done, run.eval_rows, prompts, answers, run.chat):
             tqdm.write(f"step {done}: {line['prompt'][-60:]!r} {line['completion']!r}")

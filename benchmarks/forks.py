@@ -25,11 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "forks")]
 
+import dpo_holds  # noqa: E402
 import make  # noqa: E402
 import run as demo  # noqa: E402  (sets the number of threads, so it is before what imports torch)
 from sft_vs_trl import environment  # noqa: E402
 
-import prepare  # noqa: E402
 import task  # noqa: E402
 
 STAGES = {"sft.py": demo.sft, "dpo.py": demo.dpo, "grpo.py": demo.grpo}
@@ -60,11 +60,7 @@ FORKS = {
 
 def prepare_seed(out, seed):
     """The fine-tuned model of a seed and its pairs, as `make demo` makes them, and data in the forms of the forks."""
-    if not Path(out, "held_out_pairs.jsonl").exists():
-        prepare.prepare(out, seed)
-        demo.clean(out)
-        demo.sft(out, seed)
-        demo.pairs(out, seed)
+    dpo_holds.prepare_seed(out, seed)
     if not Path(out, "unpaired.jsonl").exists():
         prompts = read(f"{out}/clean/clean/prompts.jsonl")
         rng = random.Random(seed)

@@ -194,8 +194,13 @@ def kl(out, models, folder, **flags):
         "kl", ref=f"{out}/sft/model", model=models, data=f"{out}/held_out_prompts.jsonl:100", n=4, slots=256,
         out=folder, **LENGTHS, **flags,
     )  # fmt: skip
-    head, *lines = Path(folder, "kl.tsv").read_text().splitlines()
-    return [dict(zip(head.split("\t"), line.split("\t"), strict=True)) for line in lines]
+    return table_of(f"{folder}/kl.tsv")
+
+
+def table_of(path):
+    """The rows of a file of tab-separated values, as {column: text}."""
+    head, *lines = (line.split("\t") for line in Path(path).read_text().splitlines())
+    return [dict(zip(head, line, strict=True)) for line in lines]
 
 
 def interval(share):

@@ -478,12 +478,7 @@ class Rollouts:
                 **sample.to_log(),
             }
             lines.append(line)
-        path = Path(self.args.out, "samples.jsonl")
-        try:
-            with open(path, "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as error:
-            raise common.RunError(f"writing {path} failed: {error}") from None
+        common.append_samples(self.args.out, lines)
         return lines
 
     def check_gap(self, samples, step):

@@ -61,12 +61,10 @@ def collect(out):
     results = {name: measure(out, name) for name in ("sft", *METHODS)}
     if not Path(out, "kl").exists():
         demo.kl(out, [f"{out}/{name}" for name in METHODS], f"{out}/kl", best_of=32)
-    head, *lines = (line.split("\t") for line in Path(out, "kl", "kl.tsv").read_text().splitlines())
-    for line in lines:
-        numbers = dict(zip(head, line, strict=True))
+    for numbers in demo.table_of(f"{out}/kl/kl.tsv"):
         results[numbers["name"]] |= {name: float(numbers[name]) for name in ("kl", "k3", "reward")}
-    best_of = [line.split("\t") for line in Path(out, "kl", "best_of.tsv").read_text().splitlines()[1:]]
-    results["best_of"] = [[float(number) for number in line] for line in best_of]
+    best_of = demo.table_of(f"{out}/kl/best_of.tsv")
+    results["best_of"] = [[float(number) for number in row.values()] for row in best_of]
     return results
 
 

@@ -139,7 +139,7 @@ def collect(out, only):
     """{method: numbers} of a seed, those of the start first."""
     results = {}
     for name in ("start", *only):
-        steps, plain = (table_of(f"{out}/kl_{kind}_{name}/kl.tsv") for kind in ("held_out", "plain"))
+        steps, plain = (numbers_of(f"{out}/kl_{kind}_{name}/kl.tsv") for kind in ("held_out", "plain"))
         last = steps[-1]
         samples = f"{out}/kl_held_out_{name}/{last['name']}.step_{last['step']:g}.jsonl"
         if name == "start":
@@ -160,10 +160,9 @@ def collect(out, only):
     return results
 
 
-def table_of(path):
-    """The rows of a file of tab-separated values: {column: number}, and `name`."""
-    head, *lines = (line.split("\t") for line in Path(path).read_text().splitlines())
-    rows = [dict(zip(head, line, strict=True)) for line in lines]
+def numbers_of(path):
+    """The rows of kl.tsv: {column: number}, and `name`."""
+    rows = demo.table_of(path)
     return [{key: text if key == "name" else float(text or "nan") for key, text in row.items()} for row in rows]
 
 
