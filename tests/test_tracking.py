@@ -154,13 +154,20 @@ def test_answers_and_best_model_of_two_processes(flags, finished, tmp_path):
 # ---------------------------------------------------------------- the best model
 
 
-def test_the_best_model_is_kept(flags, tmp_path):
-    """A rate that destroys the model later: the best is neither the first nor the last, and is what it was."""
-    out = tmp_path / "run"
-    call(sft, out=out, **as_text(flags | {"lr": 0.3, "lr_schedule": "constant", "eval_every": 1}), best="eval_loss/b", epochs=2.0)
+def test_the_best_model_is_kept(flags, tmp_path, monkeypatch):
+    """Evaluations that are worse from the fourth on: the best is neither the first nor the last, and is what it was."""
+    out, evaluate, calls = tmp_path / "run", sft.evaluate, []
+
+    def worse_later(*args):
+        calls.append(args)
+        return {name: loss + 100 * (len(calls) > 3) for name, loss in evaluate(*args).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "evaluate", worse_later)
+        call(sft, out=out, **as_text(flags | {"lr_schedule": "constant", "eval_every": 1}), best="eval_loss/b", epochs=2.0)
     losses = {entry["step"]: entry["eval_loss/b"] for entry in metrics(out) if "eval_loss/b" in entry}
     best = min(losses, key=losses.get)
-    assert best not in (0, max(losses)), "the test's rate makes no such course any more"
+    assert best not in (0, max(losses)), "nothing is learned in two steps"
     assert [path.name for path in (out / "best").iterdir()] == [f"step_{best}"]
     folder = out / "best" / f"step_{best}"
     assert json.loads((folder / "best.json").read_text()) == {"step": best, "eval_loss/b": losses[best]}
