@@ -4,11 +4,11 @@ import json
 import random
 import re
 import string
-import time
 from collections import Counter
+from functools import partial
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, seconds_of
 
 from common import RunError
 from rewards import Pool, Verdict, judge
@@ -307,6 +307,5 @@ def test_hostile_text_is_judged_in_linear_time(piece):
     text = piece * (100_000 // len(piece))
     for name, gold in (("exact", "5"), ("contains", ["5", "ı"]), ("string_f1", "b"), ("format", None)):
         for completion in (text, text + "a", "x" + text + " x"):
-            start = time.process_time()
             assert judge(name, completion, gold).reason != "crash"
-            assert time.process_time() - start < 0.5
+            assert seconds_of(partial(judge, name, completion, gold), enough=0.5) < 0.5
