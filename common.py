@@ -1785,7 +1785,7 @@ def _read(name):
         raw = _read_file(name) if os.path.isfile(name) else _read_data_set(name)
     except json.JSONDecodeError as error:
         raise DataError(name, error.lineno, f"column {error.colno}: not valid JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise _whose_fault(name, error) from None
     return raw, np.arange(1, len(raw) + 1)
 

@@ -661,6 +661,8 @@ def downloaded(tmp_path, monkeypatch):
     lines = tmp_path / "absdata" / "lines"
     lines.mkdir()
     letters(lines / "train.jsonl", ["lines"])
+    (tmp_path / "old").mkdir()  # with a loading script, of before datasets 4
+    (tmp_path / "old" / "old.py").write_text("import datasets\n")
     (tmp_path / "json").mkdir()  # as a builder of `datasets` is called
     letters(tmp_path / "json" / "rows.jsonl", ["json"])
     monkeypatch.chdir(tmp_path)
@@ -682,6 +684,7 @@ def test_folders_are_read_like_data_sets_of_the_hub(source, text, downloaded):
 
 @pytest.mark.parametrize("source, message", [
     ("absdata/x/a y@2@dev", "cannot be read: Unknown split"),
+    ("old", "cannot be read: Dataset scripts are no longer supported, but found old.py"),
     ("absdata/liness", "no such file or folder .the Hub is not asked: a folder absdata is here.; absdata has lines, x$"),
     ("absdata/x/y/z/rows", "no such file or folder .*; absdata/x has a "),
     ("rows.csv", "no such file or folder; . has "), ("absdata/lines/trian.jsonl", "; absdata/lines has train.jsonl$"),

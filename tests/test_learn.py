@@ -53,9 +53,9 @@ def docstring_equations(name):
 
 
 def page_equations(name):
-    """The same of a page's LaTeX."""
+    """The same of the LaTeX below a page's heading; what follows from them elsewhere is not the script's."""
     found = {}
-    for latex, number in re.findall(r"^```math\n(.*?)\\tag\{(\d)\}\n```", LESSONS[name], re.DOTALL | re.MULTILINE):
+    for latex, number in re.findall(r"^```math\n(.*?)\\tag\{(\d)\}\n```", section(name, "The equation"), re.DOTALL | re.MULTILINE):
         left = re.sub(r"\\([a-zA-Z]+)", lambda word: GREEK.get(word[1], ""), latex.partition("=")[0])
         found[int(number)] = re.sub(r"[{}\s]", "", left)
     return found
