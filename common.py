@@ -1605,7 +1605,8 @@ def load_tokenizer(path, chat_template=None):
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template, tokenizer)
     if not tokenizer.chat_template:
-        raise RunError(f"model {path}: its tokenizer has no chat template; choose one with --chat_template")
+        why = "its tokenizer has no chat template; choose one with --chat_template"
+        raise RunError(f"model {path}: {why}: {_names_of_templates()} or a Jinja file")
     return tokenizer
 
 
@@ -1632,13 +1633,16 @@ def _print_on_rank0(text):
         print(redact(text))
 
 
+def _names_of_templates():
+    return ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
+
+
 def _read_template(name, tokenizer):
     """The Jinja text of one of ours, or of a file. Ours begin with BOS where the tokenizer puts one before text."""
     candidates = [TEMPLATES / f"{name}.jinja", Path(name)]
     files = [file for file in candidates if file.is_file()]
     if not files:
-        builtin = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
-        raise RunError(f"--chat_template {name}: neither a file nor one of {builtin}")
+        raise RunError(f"--chat_template {name}: neither a file nor one of {_names_of_templates()}")
     try:
         template = files[0].read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -1817,16 +1821,21 @@ def _read_table(name):
     """The rows of a .csv or .tsv file, whose first line names the columns. Values stay text: 007 is not 7."""
     csv.field_size_limit(2**31 - 1)
     with open(name, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        mark = "\t" if name.endswith(".tsv") else ","
+        reader = csv.DictReader(file, delimiter=mark, strict=True)
         try:
             rows = list(reader)
         except csv.Error as error:
             text = f"line {reader.line_num + 1}: {error}: a value with a quote has it twice"
             raise DataError(name, None, text) from None
+        columns = reader.fieldnames or []
+    if len(columns) == 1 and re.search(r"[;\t,]", columns[0]):
+        what = "a comma" if mark == "," else "a tab"
+        raise DataError(name, None, f"one column, {columns[0]!r}: {what} has to stand between values")
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             more = "more" if None in row else "fewer"
-            text = f"{more} values than the {len(reader.fieldnames)} columns: a value with a comma or a line break"
+            text = f"{more} values than the {len(columns)} columns: a value with a comma or a line break"
             raise DataError(name, number, f"{text} has to stand in double quotes")
     return rows
 
@@ -2052,7 +2061,8 @@ def load_config(args):
         raise RunError("--attn packed_fa needs the package flash-attn and a CUDA device: --attn packed needs neither")
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_length > limit:
-        raise RunError(f"--max_length {args.max_length} is beyond the {limit} positions this model knows")
+        what = f"--max_length {args.max_length} is beyond the {limit} positions this model knows"
+        raise RunError(f"{what}: give --max_length {limit} or less")
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
             raise RunError(f"model {args.model} transforms its logits ({name}), which is not supported")

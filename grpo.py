@@ -135,7 +135,7 @@ class Args:
     # the run: every script has these
     model: str = "allenai/Llama-3.1-Tulu-3-8B-DPO"  # model folder or Hub id to start from
     data: list[str] = field(default_factory=lambda: ["allenai/RLVR-GSM-MATH-IF-Mixed-Constraints"])
-    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet file, a folder or a Hub id, and @split;
+    """training data: SOURCE[:AMOUNT] ...; SOURCE is a .jsonl/.json/.parquet/.csv file, a folder or Hub id, and @split;
     AMOUNT a fraction of its rows ("0.5", "2.0" repeats) or a count ("1000")"""
     eval_data: list[str] = field(default_factory=list)  # held-out data, in the same form
     out: str = "runs/grpo"  # folder of the run; the same command continues an interrupted run in it

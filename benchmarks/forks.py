@@ -1,6 +1,7 @@
 """What do the forks give? Each on the demo's task, beside the script that it changes, over several seeds.
 
     python benchmarks/forks.py --seeds 1 2 3
+    python benchmarks/forks.py --seeds 1 --only grpo.py my_fork     two rows, printed; nothing is written
 
 A fork makes the stage of demo/run.py that its script has, with the data, steps and settings of that stage; FORKS says
 what is set otherwise. A seed decides the start model, its fine-tuning, its pairs and the order of all data. Right
@@ -8,7 +9,7 @@ answers are counted on 1,000 held-out problems, sampled and greedy; KL is to the
 sft.py and its forks begin, in nats for an answer.
 
 A run that is finished is not made again. After every run benchmarks/results/forks.json and the table of docs/forking.md
-are written, of all that are finished; at the end the table is printed. 17 runs for a seed, of one to two minutes on a
+are written anew, of this call's seeds; at the end the table is printed. 19 runs for a seed, of one to two minutes on a
 core of their own.
 """
 
@@ -35,6 +36,7 @@ import task  # noqa: E402
 STAGES = {"sft.py": demo.sft, "dpo.py": demo.dpo, "grpo.py": demo.grpo}
 SHORTER = {"eval_data": None, "eval_every": None, "save_every": 0, "keep": None}  # nothing that is learned from
 NO_STD = {"normalize_std": None}  # the stage divides by the group's deviation; these forks have their own way
+AGAIN = {"model": "{out}/sft/model", "lr": 1e-3}  # sft.py a second time, from what it has made
 
 # {row of the table: (forks, script, what is set otherwise than in the stage)}; None: without this flag
 FORKS = {
@@ -45,6 +47,8 @@ FORKS = {
     "simpo": (["simpo"], "dpo.py", {"beta": 2.0}),
     "ipo": (["ipo"], "dpo.py", {"beta": 0.1}),
     "dft": (["dft"], "sft.py", {}),
+    "sft.py, again": ([], "sft.py", AGAIN),
+    "dft, again": (["dft"], "sft.py", AGAIN),
     "rloo": (["rloo"], "grpo.py", NO_STD),
     "reinforce_pp": (["reinforce_pp"], "grpo.py", NO_STD),
     "cispo": (["cispo"], "grpo.py", {}),
@@ -122,7 +126,7 @@ def measure(out, seed, name):
         if not Path(run, "model").exists():
             train(out, seed, name)
         result = {kind: share["mean"] for kind, share in demo.evaluate(f"{run}/model", out).items()}
-        if FORKS[name][1] != "sft.py":
+        if FORKS[name][1] != "sft.py" or name.endswith(", again"):
             [moved] = demo.kl(out, [f"{run}/model"], f"{run}/kl")
             result["kl"] = float(moved["kl"])
         path.write_text(json.dumps(result))
@@ -135,8 +139,9 @@ def table(results):
     yield "|---|---|---|---|---|---|---|"
     for name, by_seed in results.items():
         script = FORKS[name][1]
+        parent = f"{script}, again" if name.endswith(", again") else script
         cells = [f"`{name}`", f"`{script}`", len(by_seed), mean(by_seed, "sampled")]
-        cells += ["" if name == script else differences(by_seed, results.get(script, {}))]
+        cells += ["" if name == parent else differences(by_seed, results.get(parent, {}))]
         cells += [mean(by_seed, "greedy"), mean(by_seed, "kl")]
         yield f"| {' | '.join(map(str, cells))} |"
 
@@ -167,13 +172,14 @@ def report(results):
     page.write_text(f"{before}<!-- forks -->\n{lines}<!-- /forks -->{after}", encoding="utf-8")
 
 
-def main(out, seeds):
+def main(out, seeds, only):
     results = {}
     for seed in seeds:
         prepare_seed(f"{out}/{seed}", seed)
-        for name in FORKS:
+        for name in only or FORKS:
             results.setdefault(name, {})[str(seed)] = measure(f"{out}/{seed}", seed, name)
-            report(results)
+            if not only:
+                report(results)
     print("\n".join(table(results)))
 
 
@@ -181,5 +187,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/forks", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=FORKS, help="rows of FORKS, printed; no file is written")
     args = parser.parse_args()
-    main(args.out, args.seeds)
+    main(args.out, args.seeds, args.only)

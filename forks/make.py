@@ -55,8 +55,9 @@ def make(forks, base=None):
         script = _apply(text, _change_lines(name, text, script))
     script = _without_dead_functions(original, script)
     script = _without_dead_flags(original, script)
+    elsewhere = {field for field in _fields(original) if not _reads(original, field)}  # common.py or rewards/ reads it
     for name, text in texts.items():
-        unread = [field for field in _fields(text) if not _reads(script, field)]
+        unread = [field for field in _fields(text) if field not in elsewhere and not _reads(script, field)]
         if unread:
             raise ForkError(f"forks/{name}.py: nothing in {base} reads args.{unread[0]}")
     if unused(script):

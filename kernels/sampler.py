@@ -38,6 +38,7 @@ P tokens of a prompt, T of its completion, E end tokens.
 
 import copy
 import hashlib
+import os
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -335,8 +336,8 @@ class Sampler:
         self.state.zero_()
         self.newest = None, None  # the slots may hold keys and values of other weights
 
-        is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
-        bar = tqdm(total=len(waiting), desc="rollout", unit="seq", delay=10, leave=False, disable=not is_rank0)
+        is_seen = os.isatty(2) and (not dist.is_initialized() or dist.get_rank() == 0)
+        bar = tqdm(total=len(waiting), desc="rollout", unit="seq", delay=10, leave=False, disable=not is_seen)
         while len(complete) < enough or late:
             if stop is not None and self._any(stop()):
                 break

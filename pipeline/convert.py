@@ -3,14 +3,18 @@
     python -m pipeline.convert gsm8k/train.jsonl --to messages --out gsm8k_train.jsonl       for sft.py
     python -m pipeline.convert hh_helpful_base.train.jsonl --out hh_train.jsonl              for reward_model.py, dpo.py
     python -m pipeline.convert gsm8k/train.jsonl --to prompts --out gsm8k_prompts.jsonl      for grpo.py, ppo_rlvr.py
+    python -m pipeline.convert mine.csv --to messages --out train.jsonl --hold_out test.jsonl    a table of your own
 
 A source is what --data of a script takes: a file, a folder, or a Hub id (docs/data.md). The *shape* of a
 row is the first in SHAPES whose columns it has; what its values mean is one function a shape, in `pipeline/shapes/`.
 --to has to be given where a shape can become several things. A row that becomes nothing is counted, with its reason.
+Who is held out depends on the question alone: the same questions in messages, pairs and prompts, and in every call.
 """
 
+import contextlib
+import hashlib
+import itertools
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,9 +24,11 @@ from typing import Literal
 
 import tyro
 
-from common import DataError, RunError, Skip, read_rows
+from common import DataError, RunError, Skip
 from pipeline.shapes import messages, pairs, prompts
-from pipeline.shapes.files import writing
+from pipeline.shapes.files import rows_of, writing
+from pipeline.shapes.texts import has, turns
+from rewards import VERIFIERS
 
 
 @dataclass
@@ -87,6 +93,8 @@ class Args:
     rows: tyro.conf.Positional[list[str]]  # what to read: files, folders or Hub ids
     out: str  # JSON lines to write, in the order of the rows; under a temporary name until all are there
     to: Literal["messages", "pairs", "prompts"] | None = None  # what to make, where a shape leaves a choice
+    hold_out: str | None = None  # JSON lines to write besides: rows that are not to be trained on
+    hold_out_share: float = 0.1  # of the questions; all rows with one question are on one side
     verifier: str | None = None  # judges all prompts, instead of the shape's own verifier
     format: bool = False
     """GSM8K's prompts: half of the reward for the line of the answer, "####", half for a calculator's mark, "<<" """
@@ -94,17 +102,32 @@ class Args:
 
 def main(args):
     """Converts all sources into --out. Raises RunError."""
-    if Path(args.out).resolve() in [Path(source).resolve() for source in args.rows]:
-        raise RunError(f"--out {args.out} is one of the sources")
+    paths = [Path(path).resolve() for path in (args.out, args.hold_out, *args.rows) if path]
+    if len(set(paths)) < len(paths):
+        raise RunError("--out, --hold_out and the sources have to be different files")
     if args.format and args.verifier:
         raise RunError("--format chooses the verifiers itself: leave out --verifier")
     target = args.to or only_target(args.rows[0])
     if (args.format or args.verifier) and target != "prompts":
         raise RunError("--format and --verifier are for --to prompts")
-    with writing(args.out) as file:
-        for source in args.rows:
-            for row in convert(source, target, args):
-                file.write(json.dumps(row) + "\n")
+    if args.verifier and args.verifier.lower() not in map(str.lower, VERIFIERS):
+        print(f"WARNING: no verifier {args.verifier} is known here: training needs its --rewards FILE")
+    counts = Counter()  # is held out → rows
+    held_out = writing(args.hold_out) if args.hold_out else contextlib.nullcontext()
+    with writing(args.out) as file, held_out as other_file:
+        for row in itertools.chain.from_iterable(convert(source, target, args) for source in args.rows):
+            is_held_out = args.hold_out is not None and lot(row) < args.hold_out_share
+            counts[is_held_out] += 1
+            (other_file if is_held_out else file).write(json.dumps(row) + "\n")
+        if args.hold_out:
+            if len(counts) < 2:
+                raise RunError(f"--hold_out_share {args.hold_out_share:g} puts all {counts.total()} rows on one side")
+            print(f"{counts[True]} of {counts.total()} rows are held out: no question is on both sides")
+
+
+def lot(row):
+    """A number from 0 to 1 that its question draws for a row, the same everywhere."""
+    return int(hashlib.sha256("\n".join(turns(row)).encode()).hexdigest()[:13], 16) / 16**13
 
 
 def only_target(source):
@@ -178,60 +201,42 @@ def attempt(name, target, content, args):
         row["dataset"] = args.verifier or row["dataset"]
         if row["dataset"] is None:
             return Skip(f"no verifier known for data_source {content['data_source']!r}: name it with --verifier")
+        if not args.format and (problem := prompts.problem(row)):
+            return Skip(problem)
     return made
 
 
 def read(source):
-    """As common.read_rows; a row that is a list becomes an object with columns "0", "1", …, as `datasets` reads it."""
-    if not holds_lists(Path(source)):
-        yield from read_rows(source)
-        return
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-        if source.endswith(".json"):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        objects = [{str(i): part for i, part in enumerate(row)} for row in rows]
-    except (TypeError, ValueError) as error:
-        raise DataError(source, None, f"begins with a row that is a list, but: {error}") from None
-    yield from enumerate(objects, 1)
-
-
-def holds_lists(path):
-    """Whether the first row of a JSON file is a list."""
-    begins = {".json": r"\s*\[\s*\[", ".jsonl": r"\s*\["}.get(path.suffix)
-    if begins is None or not path.is_file():
-        return False
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return re.match(begins, file.read(1000)) is not None
+    """files.rows_of, with the names of columns in small letters where a shape has them only then: Question, Answer."""
+    for number, row in rows_of(source):
+        small = {name.strip().lower(): value for name, value in row.items()}
+        yield number, small if any(fitting(small)) and not any(fitting(row)) else row
 
 
 def shape_of(source, number, row, target):
     """(name, targets) of a row's shape. Raises DataError if there is none, or no need of one."""
     reader = None  # of the row as it is
-    for name, shape in SHAPES.items():
-        if all(any(has(row, path) for path in column.split("|")) for column in shape.columns.split()):
-            targets = [each for each in READERS if getattr(shape, each)]
-            if shape.as_they_are:
-                reader = reader or READERS[shape.as_they_are]
-                if target in (None, shape.as_they_are):
-                    raise DataError(source, number, f"nothing to convert: such rows are read as they are, by {reader}")
-            elif not reader or target in targets:
-                return name, targets
+    for name in fitting(row):
+        shape = SHAPES[name]
+        targets = [each for each in READERS if getattr(shape, each)]
+        if shape.as_they_are:
+            reader = reader or READERS[shape.as_they_are]
+            if target in (None, shape.as_they_are):
+                raise DataError(source, number, f"nothing to convert: such rows are read as they are, by {reader}")
+        elif not reader or target in targets:
+            return name, targets
     if reader:
         raise DataError(source, number, f"such rows are read as they are, by {reader}; no {target} are made of them")
     known = "; ".join(f"{name} ({shape.columns})" for name, shape in SHAPES.items() if not shape.as_they_are)
-    raise DataError(source, number, f"no known shape has the columns {', '.join(row)}. Known are: {known}")
+    what = f"no known shape has the columns {', '.join(row)}. A table of your own has question and answer"
+    raise DataError(source, number, f"{what}. Known are: {known}")
 
 
-def has(row, path):
-    """Whether row has path, like "reward_model.ground_truth", and it is not null; of lists the first element counts."""
-    for key in path.split("."):
-        while isinstance(row, list):
-            row = row[0] if row else None
-        row = row.get(key) if isinstance(row, dict) else None
-    return row is not None
+def fitting(row):
+    """Yields the names of the shapes whose columns a row has."""
+    for name, shape in SHAPES.items():
+        if all(any(has(row, path) for path in column.split("|")) for column in shape.columns.split()):
+            yield name
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class Generator:
         if "" in args.stop_strings:
             raise common.RunError("--stop_strings has an empty string")
         if args.max_new_tokens >= args.max_length:
-            raise common.RunError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length")
+            what = f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length"
+            raise common.RunError(f"{what} {args.max_length}: give a smaller --max_new_tokens")
         if world() % args.sample_tp:
             raise common.RunError(f"--sample_tp {args.sample_tp} does not divide the {world()} processes")
         self.copies = world() // args.sample_tp

@@ -54,7 +54,8 @@ def main(args):
     if kind == "prompts":
         limit -= args.max_new_tokens
         if limit <= 0:
-            raise common.RunError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length")
+            what = f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length"
+            raise common.RunError(f"{what}: give a smaller --max_new_tokens")
     size = vocabulary(args.model, chat.tokenizer)
     turns = [args.train_turns] if kind == "sft" else []
     rows = load(args, ENCODERS[kind](chat, size, limit, args.overlong, *turns))

@@ -258,6 +258,55 @@ def test_flags_of_prompts(tmp_path):
             converted(tmp_path, rows, to, **flags)
 
 
+# ------------------------------------------------------------------------------------------------ a table of your own
+
+TABLE = "Question,Answer,topic\n" + "".join(f"{text} {i % 40}?,{i % 40},x\n" for i in range(120) for text in ("A", "B"))
+
+
+def test_names_of_columns_in_any_case(tmp_path):
+    """Where no shape has them as they are: SVAMP has a Question and an Answer of its own."""
+    rows = [{" Question": "2 + 3?", "ANSWER ": "5"}, {"question": "1 + 1?", "answer": "2"}]
+    assert converted(tmp_path, rows, "prompts") == [prompt("2 + 3?", "gsm8k", "5"), prompt("1 + 1?", "gsm8k", "2")]
+    svamp = {"Body": "Two and three.", "Question": "How many?", "Answer": "5"}
+    assert converted(tmp_path, [svamp], "prompts") == [prompt("Two and three. How many?", "gsm8k", "5")]
+
+
+def test_a_question_is_held_out_in_all_its_rows(tmp_path, capsys):
+    """The same questions whatever is made of them, in any order, and however many rows have them."""
+    (tmp_path / "mine.csv").write_text(TABLE)
+    head, *lines = TABLE.splitlines()
+    (tmp_path / "turned.csv").write_text("\n".join([head, *lines[::-1]]) + "\n")
+    sides = {}
+    for name, to in (("mine", "messages"), ("mine", "prompts"), ("turned", "messages")):
+        flags = {"hold_out": str(tmp_path / "test.jsonl"), "hold_out_share": 0.25}
+        train = convert_file(tmp_path, tmp_path / f"{name}.csv", to, **flags)
+        test = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+        assert len(train) + len(test) == 240 and f"{len(test)} of 240 rows are held out" in capsys.readouterr().out
+        sides[name, to] = [{row["messages"][0]["content"] for row in rows} for rows in (train, test)]
+    train, test = sides["mine", "messages"]
+    assert not train & test and len(train | test) == 80 and 10 < len(test) < 30
+    assert all(side == [train, test] for side in sides.values())
+
+
+def test_nothing_to_hold_out(tmp_path):
+    with pytest.raises(RunError, match="--hold_out_share 0.1 puts all 1 rows on one side"):
+        converted(tmp_path, [{"question": "2 + 3?", "answer": "5"}], "messages", hold_out=str(tmp_path / "test.jsonl"))
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    with pytest.raises(RunError, match="have to be different files"):
+        converted(tmp_path, [{"question": "2 + 3?", "answer": "5"}], "messages", hold_out=str(tmp_path / "out.jsonl"))
+
+
+def test_answers_that_the_verifier_cannot_use(tmp_path, capsys):
+    """Training would refuse them. Whoever chooses a verifier of their own is told that training needs its file."""
+    rows = [{"question": "Capital of Egypt?", "answer": "Cairo"}, {"question": "2 + 3?", "answer": "5"}]
+    assert converted(tmp_path, rows, "prompts") == [prompt("2 + 3?", "gsm8k", "5")]
+    assert "1 dropped: verifier gsm8k cannot use its ground truth: no number in 'Cairo' (--verifier chooses another)" in capsys.readouterr().out
+    assert len(converted(tmp_path, rows, "prompts", verifier="exact")) == 2
+    assert "WARNING" not in capsys.readouterr().out
+    assert converted(tmp_path, rows, "prompts", verifier="mine")[0] == prompt("Capital of Egypt?", "mine", "Cairo")
+    assert "WARNING: no verifier mine is known here: training needs its --rewards FILE" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------- what becomes nothing
 
 ALONE = RATED | {"prompt": "Alone?", "response": "a", "helpfulness": 1}
@@ -370,7 +419,8 @@ def test_unknown_shape_is_one_line_and_nothing_is_written(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        f"error: {source}, row 4: no known shape has the columns wish, wisdom. Known are: ShareGPT DPO ("
+        f"error: {source}, row 4: no known shape has the columns wish, wisdom. A table of your own has question and answer. "
+        "Known are: ShareGPT DPO ("
     )
     assert done.stderr.count("\n") == 1 and "GSM8K (question answer)" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -418,7 +468,7 @@ def test_bad_input_is_named(tmp_path, rows, to, message):
 
 def test_out_is_no_source(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "2 + 3?", "answer": "5"}])
-    with pytest.raises(RunError, match="is one of the sources"):
+    with pytest.raises(RunError, match="have to be different files"):
         convert.main(Args([source], f"{tmp_path}/./rows.jsonl"))
 
 

@@ -715,6 +715,7 @@ def test_tables_are_rows_of_text(encode, tmp_path, ending, mark):
     ("a,b\n1\n", "rows.csv, row 1: fewer values than the 2 columns"),
     ('a,b\n1,"2" 3\n', "rows.csv: line 2: .* a value with a quote has it twice"),
     ('a,b\n1,"2\n', "rows.csv: line 2: unexpected end of data"),
+    ("a;b\n1;2\n", "rows.csv: one column, 'a;b': a comma has to stand between values"),
     ("", "rows.csv: the data set is empty"), ("a,b\n", "rows.csv: the data set is empty"),
 ])  # fmt: skip
 def test_tables_that_are_none(encode, tmp_path, text, message):

@@ -74,9 +74,12 @@ def small_files(folder):
         "pairs": [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)} for i in numbers],
         "prompts": [{"messages": [user(f"{i}+2=")], "dataset": "contains", "ground_truth": "1"} for i in range(120)],
     }
-    kinds["judged"] = [row | {"completions": ["1", "no"], "rewards": [1.0, 0.0], "reasons": ["right", "wrong"], "answers": ["1", ""],
-                              "ended": [True, True], "tokens": [2, 3], "token_ids": [[5, 2], [6, 7, 2]], "logprobs": [-1.0, -2.0], "model": "BIG", "temperature": 1.0, "top_p": 1.0, "seed": 1}
-                       for row in kinds["prompts"]]  # fmt: skip
+    judged = {
+        "completions": ["1", "no"], "rewards": [1.0, 0.0], "reasons": ["right", "wrong"], "answers": ["1", ""],
+        "ended": [True, True], "tokens": [2, 3], "token_ids": [[5, 2], [6, 7, 2]], "logprobs": [-1.0, -2.0],
+        "model": "BIG", "temperature": 1.0, "top_p": 1.0, "seed": 1,
+    }  # fmt: skip
+    kinds["judged"] = [row | judged for row in kinds["prompts"]]
     questions = [{"question": f"How much is {i} and {i}?", "answer": f"#### {2 * i}"} for i in numbers]
     hh = [{name: f"\n\nHuman: {i}+1=\n\nAssistant: {i + (name == 'chosen')}" for name in ("chosen", "rejected")} for i in numbers]
     small = [row | {"model": "SMALL", "completions": ["no", "no!"], "rewards": [0.0, 0.0]} for row in kinds["judged"]]
@@ -84,6 +87,7 @@ def small_files(folder):
     files |= {"gsm8k/test": questions, "gsm8k/train": questions, "preference/hh_helpful_base.train": hh}
     files |= {"math500": [{"problem": f"${i}+1$", "answer": str(i + 1), "solution": f"\\boxed{{{i + 1}}}"} for i in numbers]}
     files |= {"aime24": [{"problem": f"${i}+1$", "answer": str(i + 1)} for i in numbers][:3], "big": kinds["judged"], "small": small}
+    files |= {f"seed_{seed}": [row | {"seed": seed} for row in kinds["judged"]] for seed in (1, 2)}
     for name, rows in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_jsonl(folder / f"{name}.jsonl", rows)
@@ -121,7 +125,8 @@ def made_small(words, folder):
     program = "grpo.py" if named.endswith(".py") and "/" not in named and named not in SMALL else named  # a fork of it
     words = words[words.index("-m") if "-m" in words else words.index(named) :]
     if program in SCRIPTS and "--help" not in words:  # what is on the Hub by default
-        needed = {"--model": "hub/model", "--data": f"hub/{KINDS.get(program, 'prompts')}"} | ({"--value_model": "hub/rm"} if program == "ppo_rlvr.py" else {})
+        needed = {"--model": "hub/model", "--data": f"hub/{KINDS.get(program, 'prompts')}"}
+        needed |= {"--value_model": "hub/rm"} if program == "ppo_rlvr.py" else {}
         words += [part for flag, value in needed.items() if flag not in words for part in (flag, value)]
     if not named.startswith("benchmarks/"):  # which know models by name
         flag = "--data" if named == "rewards" else ""
@@ -175,9 +180,7 @@ def test_what_a_page_tells_to_type_runs(page, files, tmp_path):
     shutil.copytree(files, folder, symlinks=True)
     for words in wanted(page):
         out = words[words.index("--out") + 1].removeprefix("/") if "--out" in words else ""
-        if (folder / out / "model").exists() and not (folder / out / "model").is_symlink():
-            continue  # the page has shown it already, in other words
-        if out and (folder / out).exists():
+        if out and (folder / out).exists():  # a stand-in, or of the same command in other words
             (folder / out).unlink() if (folder / out).is_file() else shutil.rmtree(folder / out)
         execute(made_small(words, folder), folder)
         assert not out or (folder / out).exists(), shlex.join(words)

@@ -489,6 +489,11 @@ def test_a_flag_that_nothing_reads_is_refused(folder):
         forks.make(["extra"])
 
 
+def test_a_flag_that_rewards_reads_gets_another_default(folder):
+    (folder / "larger.py").write_text('"""Larger."""\n\nBASE = "grpo.py"\n\n\nclass Args:\n    group_size: int = 32  # G\n')
+    assert flags(forks.make(["larger"]))["group_size"][1] == "32"
+
+
 LINES = '''"""Lines."""
 
 BASE = "grpo.py"

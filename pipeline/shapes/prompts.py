@@ -7,11 +7,20 @@ import re
 
 from common import Skip
 from pipeline.shapes.messages import as_messages
+from rewards import VERIFIERS, judge
 
 
 def judged(prompt, verifier, ground_truth):
     """A row of RL."""
     return {"messages": as_messages(prompt), "dataset": verifier, "ground_truth": ground_truth}
+
+
+def problem(row):
+    """Why the row's verifier cannot use its ground truth, or None. Verifiers of a file for --rewards are not asked."""
+    verdict = judge(row["dataset"], None, row["ground_truth"]) if row["dataset"] in VERIFIERS else None
+    if verdict and not verdict.is_judged:
+        return f"verifier {row['dataset']} cannot use its ground truth: {verdict.answer} (--verifier chooses another)"
+    return None
 
 
 def gsm8k(row):

@@ -61,3 +61,12 @@ def column(row, names):
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"column {names} holds no text; the columns are {', '.join(row)}")
     return "\n".join(parts)
+
+
+def has(row, path):
+    """Whether row has path, like "reward_model.ground_truth", and it is not null; of lists the first element counts."""
+    for key in path.split("."):
+        while isinstance(row, list):
+            row = row[0] if row else None
+        row = row.get(key) if isinstance(row, dict) else None
+    return row is not None
