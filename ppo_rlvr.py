@@ -25,7 +25,7 @@ minibatch, on all ranks. A completion that could not be judged is in none of the
 terms of (6); `set_loss_weights` the denominators, and `main` the sums.
 
 Defaults are Tülu 3's (arXiv 2411.15124, section 6): 4 passes over 224 completions of different prompts, and a value
-model that starts as the reward model. Only w is added; --tis_cap 0 leaves it out.
+model that starts as the reward model. w is added (--tis_cap 0 leaves it out); docs/ppo_rlvr.md lists what else differs.
 
     torchrun --nproc_per_node 8 ppo_rlvr.py                                       Tülu 3 8B on eight GPUs, by FSDP2
     python ppo_rlvr.py --model DIR --value_model DIR --data rows.jsonl --out runs/mine      one process, CPU or GPU

@@ -87,7 +87,7 @@ def macro(scores, subsets, clusters=None):
     se = sqrt(Σ_clusters (Σ_(i in it) e_i)²) with e_i = sqrt(C/(C-1)) (s_i - mean) / (N S), where mean, C and N are of
     the subset of i, and S is the number of subsets. Where no cluster is in two subsets, these are the errors of their
     means, independent of each other. A subset of one cluster does not show how its scores vary; how far they are from
-    the mean of the other subsets stands in for that: e_i = (s_i - mean of the others) / (N S), rather too much.
+    the mean of the other subsets stands in for that: e_i = (s_i - mean of the others) / (N S), too much on average.
 
     Args:
         scores: (N,), from 0 to 1. subsets: N names. clusters: N labels, as in `standard_error`.

@@ -116,7 +116,7 @@ def read(specs, args):
                 reason = f"not usable as a row of generate: {common.first_line(error)}"
                 raise common.DataError(path, number, reason) from None
     if not tables:
-        raise common.RunError(f"no rows in {', '.join(map(str, specs))}: what evaluate or generate has written is wanted")
+        raise common.RunError(f"no rows in {', '.join(map(str, specs))}: what evaluate or generate wrote is wanted")
     return tables
 
 

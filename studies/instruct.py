@@ -26,7 +26,7 @@ import json
 import shutil
 from pathlib import Path
 
-from arithmetic import IMAGES, demo, spread, write
+from arithmetic import IMAGES, demo, write
 
 import plot
 from pipeline.shapes.files import lines_of
@@ -135,10 +135,10 @@ def measure(model, out, data, only):
         once(f"{out}/kl_plain_{name}", "kl", ref=model, model=final, data=plain, **SAMPLING)
 
 
-def collect(out, only):
+def collect(out, measured):
     """{method: numbers} of a seed, those of the start first."""
     results = {}
-    for name in ("start", *only):
+    for name in ("start", *measured):
         steps, plain = (numbers_of(f"{out}/kl_{kind}_{name}/kl.tsv") for kind in ("held_out", "plain"))
         last = steps[-1]
         samples = f"{out}/kl_held_out_{name}/{last['name']}.step_{last['step']:g}.jsonl"
@@ -166,34 +166,15 @@ def numbers_of(path):
     return [{key: text if key == "name" else float(text or "nan") for key, text in row.items()} for row in rows]
 
 
-def table(results):
-    """Lines of a Markdown table: means over seeds, the lowest and the highest."""
-    columns = "followed, hard to hack, less the start's, KL, tokens, ended, log π_start a token, plain: KL, tokens"
-    yield f"| | {columns.replace(', ', ' | ')} |"
-    yield "|---" * 10 + "|"
-    for name in next(iter(results.values())):
-        runs = [result[name] for result in results.values()]
-        last = [run["steps"][-1] for run in runs]
-        cells = [spread([each["reward"] for each in last]), spread([run["hard_to_hack"] for run in runs])]
-        differences = [f"{each['mean']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]" for each in
-                       (run["less_start"] for run in runs)] if name != "start" else []  # fmt: skip
-        cells.append("; ".join(differences))
-        cells += [spread([each[key] for each in last], digits) for key, digits in
-                  (("kl", 2), ("tokens", 1), ("ended", 2), ("ref_logprob_per_token", 2))]  # fmt: skip
-        cells += [spread([run["plain"][key] for run in runs], digits) for key, digits in (("kl", 2), ("tokens", 1))]
-        yield f"| {name} | {' | '.join(cells)} |"
-
-
 def draw(results, path):
     """Against KL: constraints followed, lengths, likelihood under the start; of each run a line through its steps."""
     figure, columns = plot.plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     titles = {"reward": "followed", "tokens": "tokens an answer", "ref_logprob_per_token": "log π_start a token"}
-    names = list(next(iter(results.values())))[1:]
-    for result in results.values():
-        for i, name in enumerate(names):
+    for i, name in enumerate(METHODS):
+        for number, result in enumerate(result for result in results.values() if name in result):
             steps = [result["start"]["steps"][-1], *result[name]["steps"]]
             for axes, (key, title) in zip(columns, titles.items(), strict=True):
-                label = name if result is next(iter(results.values())) else None
+                label = name if number == 0 else None
                 points = [(step["kl"], step[key]) for step in steps]
                 axes.plot(*zip(*points, strict=True), marker="osvD^P*Xh"[i], color=f"C{i}", alpha=0.8, label=label)
                 axes.set_title(title, loc="left")
@@ -215,10 +196,10 @@ def main(model, out, seeds, only):
         for method in only:
             train(model, folder, seed, [method])
             measure(model, folder, data, [method])
-        results[seed] = collect(folder, only)
+        results[seed] = collect(folder, [name for name in METHODS if (folder / f"kl_plain_{name}").exists()])
     write("instruct", {"seeds": seeds, "results": results})
     draw(results, IMAGES / "study_instruct.png")
-    print(*table(results), sep="\n")
+    print("python docs/tables.py writes the tables of docs/studies.md and README")
 
 
 if __name__ == "__main__":
