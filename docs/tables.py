@@ -83,7 +83,49 @@ def speed():
     return markdown(["", "on", "as its flags suggest", "its fastest setting"], rows)
 
 
-TABLES = {function.__name__: function for function in (demo, cards, speed)}
+def instruct_runs():
+    """{method: its runs, one for each seed} of studies/instruct.py, as its results have them."""
+    text = (ROOT / "studies" / "results" / "instruct.json").read_text(encoding="utf-8")
+    seeds = json.loads(text)["results"].values()
+    order = "start sft_random sft_best dpo ppo grpo grpo_slow grpo_kl grpo_judge grpo_floor grpo_end".split()
+    return {name: runs for name in order if (runs := [seed[name] for seed in seeds if name in seed])}
+
+
+def spread(numbers, digits):
+    """The mean; of several seeds also the lowest and the highest."""
+    mean = f"{sum(numbers) / len(numbers):.{digits}f}"
+    return mean if len(set(numbers)) == 1 else f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def instruct():
+    """What each method has made of SmolLM2-135M-Instruct: means over seeds; differences to the start, seed by seed."""
+    rows = []
+    for name, runs in instruct_runs().items():
+        last, less, plain = ([run[part] for run in runs] for part in ("steps", "less_start", "plain"))
+        last = [steps[-1] for steps in last]
+        differences = [f"{each['mean']:+.2f} [{each['low']:+.2f}, {each['high']:+.2f}]" for each in less if each["low"]]
+        rows.append([
+            f"`{name}`", str(len(runs)), spread([each["reward"] for each in last], 3),
+            "; ".join(differences), spread([run["hard_to_hack"] for run in runs], 2),
+            *(spread([each[key] for each in last], digits) for key, digits in
+              (("kl", 2), ("tokens", 0), ("ended", 2), ("ref_logprob_per_token", 2))),
+            *(spread([each[key] for each in plain], digits) for key, digits in (("kl", 2), ("tokens", 0))),
+        ])  # fmt: skip
+    head = ["", "seeds", "followed", "less the start's", "of those hard to hack", "KL", "tokens", "ended"]
+    return markdown([*head, "log π_start a token", "plain questions: KL", "tokens"], rows)
+
+
+def instruct_short():
+    """The same: the primary metric, and what it has cost."""
+    rows = []
+    for name, runs in instruct_runs().items():
+        last = [run["steps"][-1] for run in runs]
+        columns = (("reward", 2), ("kl", 1), ("ended", 2))
+        rows.append([f"`{name}`", *(spread([each[key] for each in last], digits) for key, digits in columns)])
+    return markdown(["", "constraints followed", "KL to the start, nats an answer", "answers that end"], rows)
+
+
+TABLES = {function.__name__: function for function in (demo, cards, speed, instruct, instruct_short)}
 
 
 def renewed(text):

@@ -91,7 +91,7 @@ def small_files(folder):
     for name, rows in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_jsonl(folder / f"{name}.jsonl", rows)
-    (folder / "mine.csv").write_text("question,answer\n1+1=,2\n2+1=,3\n")
+    (folder / "mine.csv").write_text("question,answer\n" + "".join(f"{i}+1=,{i + 1}\n" for i in range(60)))
     (folder / "question.txt").write_text("1+1=")
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("runs", "gsm8k", *WRITTEN):
