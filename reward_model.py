@@ -11,7 +11,7 @@ the last token of the conversation by a linear head, which starts as N(0, 1/(H+1
 arXiv 2009.01325). The mean is over the pairs of the whole batch: all ranks and microbatches. `RewardModel.forward` has
 r, `ranking_loss` the terms of (1), and `main` takes the mean.
 
-Defaults are Tülu 3's (arXiv 2411.15124, section 6).
+Defaults are Tülu 3's (arXiv 2411.15124, section 6), but for AdamW: there --adam_eps 1e-5 --weight_decay 0.01.
 
     torchrun --nproc_per_node 8 reward_model.py                                   Tülu 3 8B on eight GPUs, by FSDP2
     python reward_model.py --model DIR --data pairs.jsonl --out runs/mine         one process, CPU or GPU

@@ -106,13 +106,13 @@ def instruct():
         differences = [f"{each['mean']:+.2f} [{each['low']:+.2f}, {each['high']:+.2f}]" for each in less if each["low"]]
         rows.append([
             f"`{name}`", str(len(runs)), spread([each["reward"] for each in last], 3),
-            "; ".join(differences), spread([run["hard_to_hack"] for run in runs], 2),
+            "; ".join(differences), *(spread([run[key] for run in runs], 2) for key in ("hard_to_hack", "bare")),
             *(spread([each[key] for each in last], digits) for key, digits in
               (("kl", 2), ("tokens", 0), ("ended", 2), ("ref_logprob_per_token", 2))),
             *(spread([each[key] for each in plain], digits) for key, digits in (("kl", 2), ("tokens", 0))),
         ])  # fmt: skip
-    head = ["", "seeds", "followed", "less the start's", "of those hard to hack", "KL", "tokens", "ended"]
-    return markdown([*head, "log π_start a token", "plain questions: KL", "tokens"], rows)
+    head = ["", "seeds", "followed", "less the start's", "of those hard to hack", "only the phrase", "KL", "tokens"]
+    return markdown([*head, "ended", "log π_start a token", "plain questions: KL", "tokens"], rows)
 
 
 def instruct_short():
@@ -125,7 +125,22 @@ def instruct_short():
     return markdown(["", "constraints followed", "KL to the start, nats an answer", "answers that end"], rows)
 
 
-TABLES = {function.__name__: function for function in (demo, cards, speed, instruct, instruct_short)}
+def instruct_answers():
+    """Three held-out prompts as the first seed's models answer them; cut after 200 characters."""
+    shown = ("start", "dpo", "grpo", "grpo_kl", "grpo_judge")
+    runs = {name: found[0] for name, found in instruct_runs().items() if name in shown}
+
+    def cell(text):
+        text = " ⏎ ".join(text.split("\n")).replace("⏎  ⏎", "⏎")
+        text = text if len(text) <= 200 else f"{text[:200].rstrip()} …"
+        return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("*", "&#42;")
+
+    questions = [cell(question) for question, _ in runs["start"]["answers"]]
+    return markdown(["", *questions], [[f"`{name}`", *(cell(answer) for _, answer in run["answers"])]
+                                       for name, run in runs.items()])  # fmt: skip
+
+
+TABLES = {function.__name__: function for function in (demo, cards, speed, instruct, instruct_short, instruct_answers)}
 
 
 def renewed(text):

@@ -2,10 +2,11 @@
 
     L = Σ_t [ -w_t sg(min(ρ_t, 1 + ε_high)) A_t log π(y_t | x, y_<t)  +  β KL_t ]  /  Σ_t 1             in place of (4)
 
-sg: no gradient flows through it. GRPO's clip takes the gradient of a token away once its ratio has left the bounds.
-Here the weight is cut, and every token keeps a gradient: also the rare ones whose ratio grows fastest. There is no
-lower bound, as in the paper's experiments. So nothing stops a token of a wrong answer from being made unlikelier, other
-than that its weight ρ falls. With one update of a batch ρ is 1, and the gradient that of GRPO.
+sg: no gradient flows through it. GRPO's clip takes the gradient of a token away once its ratio has left the bounds in
+the direction of the advantage. Here the weight is cut, and every token keeps a gradient: also the rare ones whose ratio
+grows fastest. There is no lower bound, as in the paper's experiments. So nothing stops a token of a wrong answer from
+being made unlikelier, other than that its weight ρ falls. With one update of a batch ρ is 1, and the gradient that of
+GRPO.
 
 The paper tunes ε_high and does not name it; the default is that of TRL's settings for ScaleRL, weights up to 5.
 

@@ -48,7 +48,8 @@ GRPO = {
 }
 PATHS = ("data", "reward_model")  # flags above that name files
 HARD = tuple(constraints.KINDS)[7:]  # the kinds that a few words do not follow
-SHOWN = ("detectable_format:title", "punctuation:no_comma", "length_constraints:number_sentences")  # one answer of each
+ENDING = "startend:end_checker"  # the answer has to end with a phrase, of at most 40 characters
+SHOWN = ("detectable_format:title", "punctuation:no_comma", ENDING)  # one answer of each
 METHODS = ("sft_best", "sft_random", "dpo", "ppo", *GRPO)
 
 
@@ -149,12 +150,16 @@ def collect(out, measured):
         [difference] = json.loads((compared / "results.json").read_text())["differences"]
         rows = rows_of(samples)
         hard = [row["rewards"][0] for row in rows if row["subset"] in HARD]
+        phrases = [row["completions"][0] for row in rows if row["subset"] == ENDING]
         shown = [next(row for row in rows if row["subset"] == kind) for kind in SHOWN]
+        logged = rows_of(f"{out}/{name}/metrics.jsonl") if name != "start" else []
         results[name] = {
+            "seconds": sum(row["seconds"] for row in logged if row["step"]),  # of training
             "steps": steps,
             "plain": plain[-1],
             "less_start": {key: difference[key] for key in ("mean", "low", "high", "p", "prompts")},
             "hard_to_hack": sum(hard) / len(hard),
+            "bare": sum(len(text) <= 45 for text in phrases) / len(phrases),  # the phrase at the end, and no answer
             "answers": [[row["messages"][-1]["content"], row["completions"][0]] for row in shown],
         }
     return results
@@ -176,10 +181,10 @@ def draw(results, path):
             for axes, (key, title) in zip(columns, titles.items(), strict=True):
                 label = name if number == 0 else None
                 points = [(step["kl"], step[key]) for step in steps]
-                axes.plot(*zip(*points, strict=True), marker="osvD^P*Xh"[i], color=f"C{i}", alpha=0.8, label=label)
+                axes.plot(*zip(*points, strict=True), marker="osvD^P*Xhp"[i], color=f"C{i}", alpha=0.8, label=label)
                 axes.set_title(title, loc="left")
                 axes.set_xlabel("KL to the start (nats an answer)")
-    columns[0].legend(frameon=False, fontsize=8)
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     plot.save(figure, path)
 
 
