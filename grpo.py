@@ -19,9 +19,9 @@ Both sums run over the completion tokens of a minibatch, on all ranks; a minibat
 groups that are kept. By default a batch gets one update. Then π is π_old, ρ is 1, the gradient of ρ is that of log π,
 and the clip never acts. --minibatches and --passes above 1 give several updates. π_ref is --model.
 
-A group whose rewards by the verifiers are all equal is left out (not with --reward_model), and sampling goes on until
-the batch is full, for at most --active_sampling rounds in all. If it is not full then, the learning rate of the step is
-as much smaller. With --active_sampling 0 such groups stay, and their tokens count in the sums of (4).
+A group whose rewards by the verifiers are all equal is left out (not with --reward_model, whose scores differ), and
+sampling goes on until the batch is full, for at most --active_sampling rounds. If it is not full then, the step's
+learning rate is as much smaller. With --active_sampling 0 such groups stay, and their tokens count in the sums of (4).
 
 `set_advantages` has (1); `policy_loss` (2), (3), (5) and the terms of (4); `set_loss_weights` the denominator of (4),
 and `main` its sum.

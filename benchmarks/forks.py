@@ -126,11 +126,17 @@ def measure(out, seed, name):
         if not Path(run, "model").exists():
             train(out, seed, name)
         result = {kind: share["mean"] for kind, share in demo.evaluate(f"{run}/model", out).items()}
-        if FORKS[name][1] != "sft.py" or name.endswith(", again"):
+        if parent(name) != "sft.py":  # which begins with random weights
             [moved] = demo.kl(out, [f"{run}/model"], f"{run}/kl")
             result["kl"] = float(moved["kl"])
         path.write_text(json.dumps(result))
     return json.loads(path.read_text())
+
+
+def parent(name):
+    """The row to compare with: the script itself, from the same start."""
+    _, script, changes = FORKS[name]
+    return f"{script}, again" if changes is AGAIN else script
 
 
 def table(results):
@@ -138,10 +144,8 @@ def table(results):
     yield "| fork | of | seeds | sampled | against its script, seed by seed | greedy | KL |"
     yield "|---|---|---|---|---|---|---|"
     for name, by_seed in results.items():
-        script = FORKS[name][1]
-        parent = f"{script}, again" if name.endswith(", again") else script
-        cells = [f"`{name}`", f"`{script}`", len(by_seed), mean(by_seed, "sampled")]
-        cells += ["" if name == parent else differences(by_seed, results.get(parent, {}))]
+        cells = [f"`{name}`", f"`{parent(name)}`", len(by_seed), mean(by_seed, "sampled")]
+        cells += ["" if name == parent(name) else differences(by_seed, results.get(parent(name), {}))]
         cells += [mean(by_seed, "greedy"), mean(by_seed, "kl")]
         yield f"| {' | '.join(map(str, cells))} |"
 

@@ -84,11 +84,11 @@ def speed():
 
 
 def instruct_runs():
-    """{method: its runs, one for each seed} of studies/instruct.py, as its results have them."""
+    """{method: its runs, one for each seed} of studies/instruct.py, in the order of its results."""
     text = (ROOT / "studies" / "results" / "instruct.json").read_text(encoding="utf-8")
     seeds = json.loads(text)["results"].values()
-    order = "start sft_random sft_best dpo ppo grpo grpo_slow grpo_kl grpo_judge grpo_floor grpo_end".split()
-    return {name: runs for name in order if (runs := [seed[name] for seed in seeds if name in seed])}
+    names = dict.fromkeys(name for seed in seeds for name in seed)
+    return {name: [seed[name] for seed in seeds if name in seed] for name in names}
 
 
 def spread(numbers, digits):

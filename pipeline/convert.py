@@ -209,8 +209,10 @@ def attempt(name, target, content, args):
 def read(source):
     """files.rows_of, with the names of columns in small letters where a shape has them only then: Question, Answer."""
     for number, row in rows_of(source):
-        small = {name.strip().lower(): value for name, value in row.items()}
-        yield number, small if any(fitting(small)) and not any(fitting(row)) else row
+        if not any(fitting(row)):
+            small = {name.strip().lower(): value for name, value in row.items()}
+            row = small if any(fitting(small)) else row
+        yield number, row
 
 
 def shape_of(source, number, row, target):

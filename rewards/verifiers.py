@@ -206,9 +206,8 @@ def printable(text: str) -> str:
 def as_text(ground_truth) -> str:
     """A string or number as a string. Raises ValueError for anything else, and for a blank."""
     if isinstance(ground_truth, bool) or not isinstance(ground_truth, (str, int, float)):
-        what = f"expected a string, found {type(ground_truth).__name__}"
-        is_missing = ground_truth is None  # as in a row for sft.py
-        raise ValueError(f"{what}: the row needs a column ground_truth" if is_missing else what)
+        hint = ": the row needs a column ground_truth" if ground_truth is None else ""  # None: a row for sft.py, say
+        raise ValueError(f"expected a string, found {type(ground_truth).__name__}{hint}")
     text = str(ground_truth)
     if not text.strip():
         raise ValueError("empty")

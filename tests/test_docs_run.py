@@ -132,7 +132,8 @@ def made_small(words, folder):
         flag = "--data" if named == "rewards" else ""
         for word in words[words.index(named) + 1 :]:
             flag = word if word.startswith("--") else flag
-            provide(flag, word, program, folder) if word != flag else None
+            if word != flag:
+                provide(flag, word, program, folder)
     words = [re.sub(r"layers\.\d+", "layers.1", word.removeprefix("/")) for word in words]
     if program in SMALL and not {"--help", "--compare", "--results"} & set(words):
         given = {name: value for name, value in WHERE_GIVEN.items() if f"--{name}" in words}
