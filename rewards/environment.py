@@ -593,7 +593,8 @@ class Rollouts:
         if not self._is_mine(completion):
             return
         text, judged = texts(completion, self.chat.tokenizer, self.sampler)
-        [(verifier, ground_truth, weights, context)] = _jobs(rows, [row])
+        # One row, 0.06 ms. A column (0.4 ms) and `select` (1.9 ms) copy all that the table knows of itself first.
+        verifier, ground_truth, weights, context = _job(rows.table[int(row)]["job"])
         job = verifier, judged, ground_truth, weights, context
         parts, weights = split_job(*job)
         self.tickets[_number(completion)] = self.pool.submit(job), text, parts[0][0], weights
@@ -790,10 +791,14 @@ def _gib(number):
 
 
 def _jobs(rows, row_numbers):
-    """Yields (verifiers, ground truths, weights or None, context or None) of rows; see jobs.py."""
-    for text in rows.table.select(row_numbers)["job"]:
-        job = json.loads(text)
-        yield (*job, None) if len(job) == 3 else tuple(job)
+    """The jobs of rows, as `_job` gives them."""
+    return map(_job, rows.table["job"][list(row_numbers)])
+
+
+def _job(text):
+    """(verifiers, ground truths, weights or None, context or None) of the text that an encoder made; see jobs.py."""
+    job = json.loads(text)
+    return (*job, None) if len(job) == 3 else tuple(job)
 
 
 def _number(completion):

@@ -356,7 +356,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
-        (grpo, {"active_sampling": 0}),
+        slow(grpo, {"active_sampling": 0}),
         (grpo, {"active_sampling": 4, "normalize_std": True, "kl_beta": 0.1, "minibatches": 2}),
         slow(grpo, {"active_sampling": 0, "normalize_std": True, "group_size": 2}),  # groups of one, too
         (ppo_rlvr, {"batch_size": 16, "group_size": 1, "passes": 2, "value_model": None, "no_eos_score": -10.0}),

@@ -742,21 +742,24 @@ def test_the_reference_does_not_stay_in_memory(tiny_model, tmp_path, monkeypatch
     assert len(loaded) == 3
 
 
-@pytest.mark.parametrize("script", ["dpo.py", pytest.param("reward_model.py", marks=pytest.mark.slow)])
-def test_fewer_pairs_than_processes(script, tiny_model, tmp_path):
-    """A last batch of one pair and two held-out pairs on four processes: ranks without pairs take part and add nothing."""
+FEWER = [("dpo.py", 2), *(pytest.param(script, 4, marks=pytest.mark.slow) for script in ("dpo.py", "reward_model.py"))]
+
+
+@pytest.mark.parametrize(("script", "processes"), FEWER)
+def test_fewer_pairs_than_processes(script, processes, tiny_model, tmp_path):
+    """A last batch of one pair, and half as many held-out pairs as processes: ranks without pairs take part and add nothing."""
     rows = [{"prompt": "What?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(5)]
     flags = {
         "model": tiny_model, "data": write_jsonl(tmp_path / "rows.jsonl", rows), "max_length": 64, "batch_size": 4,
-        "eval_data": write_jsonl(tmp_path / "two.jsonl", rows[:2]), "lr": 1e-4, "save_every": 0, "epochs": 1,
+        "eval_data": write_jsonl(tmp_path / "held_out.jsonl", rows[: processes // 2]), "lr": 1e-4, "save_every": 0, "epochs": 1,
     }  # fmt: skip
-    run(script, 4, out=tmp_path / "four", **flags)
+    run(script, processes, out=tmp_path / "several", **flags)
     call({"dpo.py": dpo, "reward_model.py": reward_model}[script], out=tmp_path / "one",
          **flags | {"data": [flags["data"]], "eval_data": [flags["eval_data"]]})  # fmt: skip
-    for four, one in zip(metrics(tmp_path / "four"), metrics(tmp_path / "one"), strict=True):
+    for several, one in zip(metrics(tmp_path / "several"), metrics(tmp_path / "one"), strict=True):
         uncertain = MEASURED | {"accuracy", "eval_accuracy"}  # DPO's first margins are rounding
         for key in one.keys() - uncertain:
-            assert math.isclose(four[key], one[key], rel_tol=1e-4, abs_tol=1e-6), (key, four, one)
+            assert math.isclose(several[key], one[key], rel_tol=1e-4, abs_tol=1e-6), (key, several, one)
 
 
 @pytest.mark.parametrize("module", [dpo, reward_model])

@@ -98,19 +98,19 @@ def test_the_optimizer_is_adamw():
     [
         (1, {"tokens_per_microbatch": 1}),  # one sequence at a time
         (1, {"tokens_per_microbatch": 700, "attn": "packed_loop"}),
-        (2, {"tokens_per_microbatch": 1000, "activation_checkpointing": True}),
+        (2, {"tokens_per_microbatch": 1000, "activation_checkpointing": True, "stop_step": 10}),  # enough, and half the time
         pytest.param(4, {"shard": "hybrid"}, marks=pytest.mark.slow),  # two machines, below, are of four processes too
         pytest.param(1, {"compile": True}, marks=pytest.mark.slow),
         pytest.param(2, {"compile": True, "activation_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )
 def test_how_a_batch_is_cut_and_dealt_does_not_change_the_loss(gsm8k, reference, tmp_path, processes, flags):
-    """Any microbatch size, packed or not, on 1, 2 and 4 processes: 20 steps equal to 1e-6."""
+    """Any microbatch size, packed or not, on 1, 2 and 4 processes: 10 or 20 steps equal to 1e-6."""
     if processes == 1 and "compile" not in flags:
         call(sft, out=tmp_path / "run", **in_process(gsm8k | flags))
     else:
         run("sft.py", processes=processes, out=tmp_path / "run", **gsm8k, **flags)
-    assert_same_trajectory(trace(tmp_path / "run"), trace(reference[0]), 1e-6)
+    assert_same_trajectory(trace(tmp_path / "run"), trace(reference[0])[: flags.get("stop_step", 20) + 1], 1e-6)
 
 
 def test_learns_and_reports(reference):

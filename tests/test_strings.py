@@ -5,7 +5,6 @@ import random
 import re
 import string
 from collections import Counter
-from functools import partial
 
 import pytest
 from conftest import SHARED, seconds_of
@@ -307,5 +306,6 @@ def test_hostile_text_is_judged_in_linear_time(piece):
     text = piece * (100_000 // len(piece))
     for name, gold in (("exact", "5"), ("contains", ["5", "ı"]), ("string_f1", "b"), ("format", None)):
         for completion in (text, text + "a", "x" + text + " x"):
-            assert judge(name, completion, gold).reason != "crash"
-            assert seconds_of(partial(judge, name, completion, gold), enough=0.5) < 0.5
+            verdicts = []
+            assert seconds_of(lambda: verdicts.append(judge(name, completion, gold)), enough=0.5) < 0.5
+            assert verdicts[0].reason != "crash"
