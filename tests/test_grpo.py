@@ -241,8 +241,13 @@ def test_a_run_writes_what_it_promises(reference):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"tokens_per_microbatch": 1}, {"slots": 3}, {"activation_checkpointing": False}], ids=str
-)
+    "flags",
+    [
+        {"tokens_per_microbatch": 1}, pytest.param({"tokens_per_microbatch": 100}, marks=pytest.mark.slow), {"slots": 3},
+        {"activation_checkpointing": False},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_how_it_is_computed_changes_nothing(start, reference, tmp_path, flags):
     call(grpo, out=tmp_path / "run", **start | flags)
     np.testing.assert_allclose(trajectory(tmp_path / "run"), trajectory(reference), rtol=2e-4, atol=1e-7)
