@@ -14,7 +14,8 @@ held out. From the start each method may have 768 completions of at most 80 toke
     grpo_end                 what is cut off earns nothing
     grpo_floor               the same prompts, which also ask for at least 30 words
     grpo_judge               plus the score of a reward model of fluency: of answers at temperature 0.7 against 1.5
-    ppo                      12 steps of 64 prompts, one of each, the value model made of a reward model of dpo's pairs
+    ppo                      12 steps of 64 prompts, one of each, in 4 minibatches; the value model is made of a reward
+                             model of dpo's pairs
 
 Primary metric, chosen before anything was trained: the share of 160 held-out prompts whose constraint is followed, one
 completion each at temperature 0.7. Beside it what must not get worse: length and ends of answers, their likelihood
@@ -120,7 +121,7 @@ def train(model, out, seed, only):
             demo.run_script("grpo.py", **from_start | rl | flags | changed)
     if "ppo" in only:
         flags = {"data": f"{out}/band.jsonl", "out": f"{out}/ppo", "value_model": f"{out}/rm/model", "batch_size": 64}
-        flags |= {"value_lr": 6e-5, "minibatches": 4, "value_clip": 0}
+        flags |= {"value_lr": 6e-5, "minibatches": 4, "passes": 1, "value_clip": 0, "tokens_per_microbatch": 1024}
         demo.run_script("ppo_rlvr.py", **from_start | rl | flags)
     for state in Path(out).glob("*/checkpoints/step_*/state"):  # only to go on from: 1.6 GB each
         if (state.parents[2] / "model").exists():

@@ -29,6 +29,7 @@ import tyro
 from conftest import ROOT, SHARED, assistant, chat, seconds_of, tokenizer_folder, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import Fork, children
 
 import common
 from common import DataError, RunError, batch_indices, deal, load_rows, pack
@@ -356,9 +357,7 @@ def test_held_out_data_without_a_usable_row_is_refused_by_name(tmp_path):
 
 
 def run_sft(*flags, **environment):
-    """Starts sft.py as a user would."""
-    return subprocess.Popen([sys.executable, "sft.py", *map(str, flags)], cwd=ROOT, env=os.environ | environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return Fork(["sft.py", *map(str, flags)], environment)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +385,7 @@ def runs(tiny_model, tmp_path_factory):
     }
     yield processes
     for process in processes.values():
-        process.kill()
+        process.send_signal(signal.SIGKILL)
 
 
 SCRIPT_ERRORS = {
@@ -891,25 +890,13 @@ if __name__ == "__main__":
 """
 
 
-def children(pid):
-    """{pid: start time} of a process's children: numbers of processes are used again."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # just gone
-            continue
-        if fields[1] == str(pid) and fields[0] != "Z":
-            found[int(stat.parent.name)] = fields[19]
-    return found
-
-
-def is_alive(pid, started):
+def stat(pid):
+    """Letter and start time of a process, for numbers are used again; None where it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return fields[19] == started and fields[0] != "Z"
+    except OSError:  # no such file, or gone while it is read
+        return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -922,15 +909,15 @@ def test_processes_that_encode_end_with_the_run(number, cache):
     (cache.parent / "slow.py").write_text(SLOW.format(**names))
     process = subprocess.Popen([sys.executable, cache.parent / "slow.py"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(found := children(process.pid)) < 3 and time.monotonic() < deadline:  # a manager and two workers
+    while len(children(process.pid)) < 3 and time.monotonic() < deadline:  # a manager and two workers
         time.sleep(0.1)
     time.sleep(1)
+    found = {pid: started for pid in children(process.pid) if (started := stat(pid))}
     process.send_signal(number)
     assert process.wait(timeout=60) == -number and len(found) >= 3
     deadline = time.monotonic() + 5
-    while any(is_alive(*child) for child in found.items()) and time.monotonic() < deadline:
+    while (left := [pid for pid, started in found.items() if stat(pid) == started]) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [pid for pid, started in found.items() if is_alive(pid, started)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import assistant, tokenizer_folder, user
 from datasets.naming import camelcase_to_snakecase
-from launch import PORTABLE, ROOT, metrics
+from launch import ROOT, metrics
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 import common
@@ -88,7 +88,7 @@ def hub(tmp_path_factory):
 
 def type_in(command, home, folder):
     """Runs it as a user would who stands in `folder`. Returns (exit code, output)."""
-    environment = {**os.environ, **PORTABLE, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
     environment.pop("HF_DATASETS_CACHE", None)
     program, *rest = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run").split(" ")
     rest = [str(ROOT / word) if word.endswith(".py") else word for word in rest]
@@ -99,9 +99,9 @@ def type_in(command, home, folder):
 @pytest.mark.parametrize(
     ("command", "out", "steps"),
     [
-        pytest.param("torchrun --nproc_per_node 2 sft.py", "runs/sft", 2, marks=pytest.mark.slow),
+        ("torchrun --nproc_per_node 2 sft.py", "runs/sft", 2),
         pytest.param("torchrun --nproc_per_node 2 reward_model.py", "runs/reward_model", 1, marks=pytest.mark.slow),
-        ("torchrun --nproc_per_node 8 dpo.py --beta 0.1", "runs/dpo", 2),
+        pytest.param("torchrun --nproc_per_node 8 dpo.py --beta 0.1", "runs/dpo", 2, marks=pytest.mark.slow),
         pytest.param("torchrun --nproc_per_node 2 grpo.py", "runs/grpo", 4, marks=pytest.mark.slow),
         pytest.param("torchrun --nproc_per_node 2 ppo_rlvr.py", "runs/ppo_rlvr", 4, marks=pytest.mark.slow),
     ],
@@ -121,9 +121,9 @@ def test_the_command_as_typed(hub, tmp_path, command, out, steps):
     ("script", "wanted"),
     [
         ("sft.py", "meta-llama/Llama-3.1-8B"),
-        ("reward_model.py", "allenai/Llama-3.1-Tulu-3-8B-SFT"),
-        ("dpo.py", "allenai/Llama-3.1-Tulu-3-8B-SFT"),
-        ("grpo.py", "allenai/Llama-3.1-Tulu-3-8B-DPO"),
+        pytest.param("reward_model.py", "allenai/Llama-3.1-Tulu-3-8B-SFT", marks=pytest.mark.slow),
+        pytest.param("dpo.py", "allenai/Llama-3.1-Tulu-3-8B-SFT", marks=pytest.mark.slow),
+        pytest.param("grpo.py", "allenai/Llama-3.1-Tulu-3-8B-DPO", marks=pytest.mark.slow),
         ("ppo_rlvr.py", "allenai/Llama-3.1-Tulu-3-8B-DPO"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import rl
 from conftest import assistant, user, write_jsonl
-from launch import MEASURED, PORTABLE, ROOT, children, command, free_port, metrics, quick
+from launch import MEASURED, ROOT, children, command, free_port, metrics, quick
 from transformers import AutoConfig
 
 import common
@@ -132,7 +132,7 @@ def begin(script, processes, out, mark, cache, flags, log):
 
 def spawn(words, mark, cache, log):
     """A command in a session of its own, with a mark in its environment."""
-    environment = os.environ | PORTABLE | {"POSTCARD_TEST": mark, "HF_DATASETS_CACHE": str(cache)}
+    environment = os.environ | {"POSTCARD_TEST": mark, "HF_DATASETS_CACHE": str(cache)}
     with open(log, "ab") as file:
         return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
 
