@@ -11,7 +11,6 @@ held out. From the start each method may have 768 completions of at most 80 toke
     grpo                     12 steps of 8 prompts in the band of difficulty (0 < pass rate <= 0.625), 8 of each
     grpo_kl                  the same with --kl_beta 0.05
     grpo_slow                at a third of the learning rate
-    grpo_end                 what is cut off earns nothing
     grpo_floor               the same prompts, which also ask for at least 30 words
     grpo_judge               plus the score of a reward model of fluency: of answers at temperature 0.7 against 1.5
     ppo                      12 steps of 64 prompts, one of each, in 4 minibatches; the value model is made of a reward
@@ -19,7 +18,8 @@ held out. From the start each method may have 768 completions of at most 80 toke
 
 Primary metric, chosen before anything was trained: the share of 160 held-out prompts whose constraint is followed, one
 completion each at temperature 0.7. Beside it what must not get worse: length and ends of answers, their likelihood
-under the start, KL on 100 plain questions. A call goes on where an earlier one was stopped.
+under the start, KL on 100 plain questions; with --ifeval also the 541 prompts of IFEval. A call goes on where an
+earlier one was stopped.
 """
 
 import argparse
@@ -44,7 +44,6 @@ GRPO = {
     "grpo_kl": {"kl_beta": 0.05},
     "grpo_slow": {"lr": 2e-5},
     "grpo_floor": {"data": "{out}/floor_band.jsonl"},
-    "grpo_end": {"no_eos_score": 0.0},
     "grpo_judge": {"reward_model": "{out}/judge/model", "reward_model_coef": 0.2},
 }
 PATHS = ("data", "reward_model")  # flags above that name files
@@ -128,16 +127,24 @@ def train(model, out, seed, only):
             shutil.rmtree(state)
 
 
-def measure(model, out, data, only):
-    """Reward, KL, length: of all checkpoints on held-out prompts, of the final model also on plain questions."""
+def measure(model, out, data, only, ifeval=None):
+    """Reward, KL, length: of all checkpoints on held-out prompts, of the final model also on what else is asked."""
     for name in only:
         run, final = (model, model) if name == "start" else (f"{out}/{name}", f"{out}/{name}/model")
         held_out, plain = f"{data}/constraints/held_out.jsonl:{HELD_OUT}", f"{data}/constraints/plain.jsonl"
         once(f"{out}/kl_held_out_{name}", "kl", ref=model, model=run, data=held_out, **SAMPLING)
         once(f"{out}/kl_plain_{name}", "kl", ref=model, model=final, data=plain, **SAMPLING)
+        if ifeval:
+            flags = SAMPLING | {"max_length": 1024}  # prompts are longer there
+            once(ifeval_of(out, data, name), "evaluate", model=final, data=f"ifeval={ifeval}", **flags)
 
 
-def collect(out, measured):
+def ifeval_of(out, data, name):
+    """Folder of what IFEval says of a method, or of the start: that is the same for all seeds."""
+    return Path(data if name == "start" else out, f"ifeval_{name}")
+
+
+def collect(out, data, measured):
     """{method: numbers} of a seed, those of the start first."""
     results = {}
     for name in ("start", *measured):
@@ -163,6 +170,11 @@ def collect(out, measured):
             "bare": sum(len(text) <= 45 for text in phrases) / len(phrases),  # the phrase at the end, and no answer
             "answers": [[row["messages"][-1]["content"], row["completions"][0]] for row in shown],
         }
+        found, start = (ifeval_of(out, data, method) for method in (name, "start"))
+        if found.exists():
+            once(f"{out}/ifeval_less_start_{name}", "evaluate", compare=[found, start])
+            about = json.loads(Path(out, f"ifeval_less_start_{name}", "results.json").read_text())
+            results[name]["ifeval"] = {"less_start": about["differences"][0]}
     return results
 
 
@@ -189,7 +201,7 @@ def draw(results, path):
     plot.save(figure, path)
 
 
-def main(model, out, seeds, only):
+def main(model, out, seeds, only, ifeval=None):
     data, results = Path(out, "data"), {}
     if not (data / "floor").exists():
         constraints.main(constraints.Args(out=str(data / "constraints")))
@@ -198,11 +210,11 @@ def main(model, out, seeds, only):
         folder = Path(out, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         prepare(model, folder, data, seed)
-        measure(model, folder, data, ["start"])
+        measure(model, folder, data, ["start"], ifeval)
         for method in only:
             train(model, folder, seed, [method])
-            measure(model, folder, data, [method])
-        results[seed] = collect(folder, [name for name in METHODS if (folder / f"kl_plain_{name}").exists()])
+            measure(model, folder, data, [method], ifeval)
+        results[seed] = collect(folder, data, [name for name in METHODS if (folder / f"kl_plain_{name}").exists()])
     write("instruct", {"seeds": seeds, "results": results})
     draw(results, IMAGES / "study_instruct.png")
     print("python docs/tables.py writes the tables of docs/studies.md and README")
@@ -214,5 +226,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs/instruct", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="methods; all by default")
+    parser.add_argument("--ifeval", help="IFEval's published file, input_data.jsonl: tries the models on it, too")
     args = parser.parse_args()
-    main(args.model, args.out, args.seeds, args.only)
+    main(args.model, args.out, args.seeds, args.only, args.ifeval)

@@ -445,7 +445,7 @@ def test_no_differing_rewards_is_a_step_without_update(start, tmp_path, capfd):
     assert f"Read {tmp_path / 'run'}/samples.jsonl" in said[0]
 
 
-@pytest.mark.parametrize("stops", [(), (2, 5)])
+@pytest.mark.parametrize("stops", [pytest.param((), marks=pytest.mark.slow), (2, 5)])
 def test_nothing_to_learn_from_ends_a_run(start, tmp_path, monkeypatch, capfd, stops):
     """In the fourth step in a row, also when the run is stopped and goes on in between; then it is said once, too."""
     monkeypatch.setattr("rewards.environment.MOST_EMPTY_STEPS", 4)
@@ -800,7 +800,7 @@ def test_states_are_dealt_to_any_number_of_ranks(ranks, monkeypatch):
         assert shares == [state["sampler"] for state in states]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_completions_in_flight_survive_another_number_of_processes(start, tmp_path, capfd, before, after):
     """Stopped with completions in flight: resumed, every one of them goes on from the tokens it has, and is judged."""
     out, flags = tmp_path / "run", rl.rewarded_by_a_built_in(tmp_path, start)

@@ -95,7 +95,8 @@ def test_a_budget_is_divided(commands, tmp_path, monkeypatch):
 
 def test_the_commands_of_the_study_on_a_real_model(commands, tmp_path):
     instruct.train("M", tmp_path, 1, instruct.METHODS)
-    instruct.measure("M", tmp_path, tmp_path, instruct.METHODS)
+    instruct.measure("M", tmp_path, tmp_path, instruct.METHODS, ifeval="input_data.jsonl")
     rl = [args for name, args in commands if name in ("grpo", "ppo_rlvr")]
     assert {args.steps * args.batch_size * args.group_size for args in rl} == {8 * instruct.PROMPTS}
     assert len([name for name, _ in commands if name == "pipeline.kl"]) == 2 * len(instruct.METHODS)
+    assert len([name for name, _ in commands if name == "pipeline.evaluate"]) == len(instruct.METHODS)
