@@ -153,9 +153,8 @@ def collect(out, data, measured):
         samples = f"{out}/kl_held_out_{name}/{last['name']}.step_{last['step']:g}.jsonl"
         if name == "start":
             samples_of_start = samples
-        compared = Path(out, f"less_start_{name}")
-        once(compared, "evaluate", compare=[f"held_out={samples}", f"held_out={samples_of_start}"], cluster="topic")
-        [difference] = json.loads((compared / "results.json").read_text())["differences"]
+        both = f"held_out={samples}", f"held_out={samples_of_start}"
+        _, difference = compared(f"{out}/less_start_{name}", *both, cluster="topic")
         rows = rows_of(samples)
         hard = [row["rewards"][0] for row in rows if row["subset"] in HARD]
         phrases = [row["completions"][0] for row in rows if row["subset"] == ENDING]
@@ -165,17 +164,23 @@ def collect(out, data, measured):
             "seconds": sum(row["seconds"] for row in logged if row["step"]),  # of training
             "steps": steps,
             "plain": plain[-1],
-            "less_start": {key: difference[key] for key in ("mean", "low", "high", "p", "prompts")},
+            "less_start": difference,
             "hard_to_hack": sum(hard) / len(hard),
             "bare": sum(len(text) <= 45 for text in phrases) / len(phrases),  # the phrase at the end, and no answer
             "answers": [[row["messages"][-1]["content"], row["completions"][0]] for row in shown],
         }
         found, start = (ifeval_of(out, data, method) for method in (name, "start"))
         if found.exists():
-            once(f"{out}/ifeval_less_start_{name}", "evaluate", compare=[found, start])
-            about = json.loads(Path(out, f"ifeval_less_start_{name}", "results.json").read_text())
-            results[name]["ifeval"] = {"less_start": about["differences"][0]}
+            followed, difference = compared(f"{out}/ifeval_less_start_{name}", found, start)
+            results[name]["ifeval"] = {"followed": followed, "less_start": difference}
     return results
+
+
+def compared(path, a, b, **flags):
+    """The share of prompts that A passes, and evaluate's difference to B's; `path` is the folder of its report."""
+    once(path, "evaluate", compare=[a, b], **flags)
+    [found] = json.loads(Path(path, "results.json").read_text())["differences"]
+    return found["a"]["mean"], {key: found[key] for key in ("mean", "low", "high", "p", "prompts")}
 
 
 def numbers_of(path):
