@@ -1,4 +1,4 @@
-"""Runs a script as users do, in processes of its own."""
+"""Runs a script as users do: one process as a fork of the test, several by torchrun."""
 
 import contextlib
 import gc
