@@ -41,7 +41,7 @@ def _flag(name, value):
 
 
 def start(script, processes=1, env=None, nodes=1, node=0, positional=(), **flags):
-    """`python script --name value ...`, by torchrun for more than one process: a Popen, or a Fork if nothing differs."""
+    """`python script --name value ...`, a Popen; a Fork for one process in this environment."""
     words = command(script, processes, flags, nodes, node, positional)
     if processes == 1 and env is None:  # libraries read the environment as they are imported
         return Fork(words[1:])

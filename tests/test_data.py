@@ -890,8 +890,8 @@ if __name__ == "__main__":
 """
 
 
-def stat(pid):
-    """Letter and start time of a process, for numbers are used again; None where it has ended."""
+def start_time(pid):
+    """When a process began, for numbers of processes are used again; None where it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # no such file, or gone while it is read
@@ -912,11 +912,11 @@ def test_processes_that_encode_end_with_the_run(number, cache):
     while len(children(process.pid)) < 3 and time.monotonic() < deadline:  # a manager and two workers
         time.sleep(0.1)
     time.sleep(1)
-    found = {pid: started for pid in children(process.pid) if (started := stat(pid))}
+    found = {pid: started for pid in children(process.pid) if (started := start_time(pid))}
     process.send_signal(number)
     assert process.wait(timeout=60) == -number and len(found) >= 3
     deadline = time.monotonic() + 5
-    while (left := [pid for pid, started in found.items() if stat(pid) == started]) and time.monotonic() < deadline:
+    while (left := [pid for pid, started in found.items() if start_time(pid) == started]) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
